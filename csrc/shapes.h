@@ -1,0 +1,83 @@
+// What the kernels see: plain structs, no torch.
+#pragma once
+
+#include <cstdint>  // defines: int64_t
+
+namespace ppllava {
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+// A tensor over (batch, frame, row, column) with a contiguous channel axis, if it has one. Ragged batches share one frame
+// axis and have a batch stride of 0.
+struct Grid {
+  void* data;         // null: not given
+  Dtype dtype;
+  int64_t stride[4];  // of (batch, frame, row, column), in elements
+
+  int64_t offset(int64_t batch, int64_t frame, int64_t row, int64_t column) const {
+    return batch * stride[0] + frame * stride[1] + row * stride[2] + column * stride[3];
+  }
+};
+
+// The frames of one video, in the input and in the pooled output.
+struct Clip {
+  int64_t first_frame;   // on the frame axis of the input: 0 for dense batches
+  int64_t frames;
+  int64_t first_output;  // on the packed frame axis of the output
+  int64_t outputs;
+};
+
+// The windows of one axis: kernel and stride or, where kernel is 0, adaptive.
+struct Axis {
+  int64_t size, outputs, kernel, stride;
+
+  // Window o holds the positions begin(o) <= i < end(o).
+  int64_t begin(int64_t o) const { return kernel ? o * stride : o * size / outputs; }
+  int64_t end(int64_t o) const { return kernel ? o * stride + kernel : ((o + 1) * size + outputs - 1) / outputs; }
+
+  // Position i lies in the windows first(i) <= o < last(i), except that strided windows can leave gaps.
+  int64_t first(int64_t i) const {
+    if (!kernel) return i * outputs / size;
+    return i < kernel ? 0 : (i - kernel) / stride + 1;
+  }
+  int64_t last(int64_t i) const {
+    const int64_t o = kernel ? i / stride + 1 : ((i + 1) * outputs + size - 1) / size;
+    return o < outputs ? o : outputs;
+  }
+};
+
+struct Window {
+  int64_t kernel[3], stride[3];  // kernel 0: adaptive
+  int64_t outputs[3];            // outputs[0] is that of the clip and comes from Clip
+  int64_t largest[3];            // bound on the positions in one window, over all clips
+};
+
+// Y[o] = sum over i in window o of softmax(weights[i] / temperature) * values[i]
+struct PoolArgs {
+  Grid values, weights;                    // [B, T, H, W, D], [B, T, H, W] in the accumulator's dtype
+  void* pooled;                            // [outputs, Ho, Wo, D], the dtype of values
+  const void* grad;                        // [outputs, Ho, Wo, D]; backward only
+  Grid grad_values;                        // [B, T, H, W, D]
+  Grid grad_weights;                       // [B, T, H, W] in the accumulator's dtype
+  void *shares, *grad_scores;              // [outputs, Ho, Wo, largest...] in the accumulator's dtype
+  const Clip* clips;                       // [batch]
+  int64_t batch, outputs, height, width, channels;
+  Window window;
+  double temperature;
+};
+
+// relevance[i] = softmax over one clip of scale * cos(image_embeds[i], text_embeds)
+struct RelevanceArgs {
+  Grid image_embeds;         // [B, T, H, W, C]
+  const void* text_embeds;   // [B, C] in the accumulator's dtype
+  void* relevance;           // [B, T, H, W] in the accumulator's dtype
+  const void* grad;          // [B, T, H, W]; backward only
+  Grid grad_image;           // [B, T, H, W, C]
+  void* grad_text;           // [B, C] in the accumulator's dtype
+  void* grad_scale;          // [1]
+  const Clip* clips;         // [batch]
+  int64_t batch, height, width, channels;
+  double scale;
+};
+
+}  // namespace ppllava

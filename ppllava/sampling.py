@@ -1,0 +1,72 @@
+"""Which frames of a clip to look at: pure functions of counts and timestamps. `ppllava.video` decodes what they choose."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+ROUNDING = 0.5e-3 + 1e-6  # seconds; Matroska and FLV store timestamps rounded to 1 ms
+
+
+def sample_uniform(num_frames: int, total_frames: int) -> np.ndarray:
+    """int64 [num_frames]: the rule PPLLaVA and PLLaVA sample with.
+
+        segment = (total_frames - 1) / num_frames
+        index_k = floor(segment / 2) + round(k * segment)        k = 0 .. num_frames - 1, halves round to even
+
+    A clip shorter than `num_frames` repeats frames, as theirs does: the model always sees `num_frames` of them.
+    """
+    for name, value in (("num_frames", num_frames), ("total_frames", total_frames)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    segment = (total_frames - 1) / num_frames
+    return int(segment / 2) + np.round(segment * np.arange(num_frames)).astype(np.int64)  # [num_frames]
+
+
+def sample_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
+    """(first, last): the frames on screen at `start` and at `end` seconds; None means the clip's own start or end.
+
+    timestamps  float64 [N], seconds, ascending. The frame on screen at t is the last one with timestamp <= t; the last frame
+    stays for the average frame time. An `end` after the clip means its last frame; a `start` after it is a ValueError.
+    """
+    timestamps = np.asarray(timestamps, dtype=np.float64)  # [N]
+    begin, finish = 0.0 if start is None else start, math.inf if end is None else end
+    if not 0 <= begin <= finish:
+        raise ValueError(f"start and end are seconds and need 0 <= start <= end, got start={start}, end={end}")
+    over = float(timestamps[-1] + (timestamps[-1] - timestamps[0]) / max(len(timestamps) - 1, 1))
+    if begin > over + ROUNDING:
+        raise ValueError(f"start={start} is after the end of the clip at {over:.3f} s; pass an earlier start")
+    first, last = _on_screen(timestamps, np.array([begin, finish]))
+    return int(first), int(last)
+
+
+def sample_fps(
+    fps: float,
+    timestamps: np.ndarray,
+    max_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> np.ndarray:
+    """int64 [T]: the frames on screen at start, start + 1/fps, start + 2/fps, ... up to `end` or the last timestamp.
+
+    timestamps  float64 [N], seconds, ascending; need not be evenly spaced. An `fps` above the clip's own repeats frames.
+    Where T would pass `max_frames`, that many of those times are kept, spread by `sample_uniform`.
+    """
+    timestamps = np.asarray(timestamps, dtype=np.float64)  # [N]
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a positive number of frames per second, got {fps}")
+    sample_range(timestamps, start, end)  # the same errors
+    begin, finish = start or 0.0, min(math.inf if end is None else end, float(timestamps[-1]))
+    count = 1 + int(max(finish - begin + ROUNDING, 0.0) * fps)
+    if max_frames is not None and count > max_frames:
+        steps = sample_uniform(max_frames, count)  # [T]
+    elif count > 1 << 20:
+        raise ValueError(f"fps={fps} asks for {count} frames of this clip; pass a lower fps or max_frames")
+    else:
+        steps = np.arange(count)  # [T]
+    return _on_screen(timestamps, begin + steps / fps)
+
+
+def _on_screen(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    return np.maximum(np.searchsorted(timestamps, times + ROUNDING, side="right") - 1, 0).astype(np.int64)  # [T]

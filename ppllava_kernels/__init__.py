@@ -1,0 +1,18 @@
+"""Prompt-guided compression of video tokens: relevance scoring, softmax weighting and 3D pooling as fused ops."""
+
+from .backends import compatible_backends, why_not
+from .functional import prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+from .modules import PromptGuidedPool3d, WeightedPool3d
+from .shapes import pooled_size
+
+__version__ = "0.1.0"
+__all__ = [
+    "PromptGuidedPool3d",
+    "WeightedPool3d",
+    "compatible_backends",
+    "pooled_size",
+    "prompt_guided_pool3d",
+    "prompt_relevance",
+    "weighted_pool3d",
+    "why_not",
+]

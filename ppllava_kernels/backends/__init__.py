@@ -1,0 +1,25 @@
+"""The backends, best first. A backend is a module; all have the same function names and signatures."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import cpp, reference, triton
+
+BACKENDS = {"cpp": cpp, "triton": triton, "reference": reference}
+
+
+def why_not(backend: str, *tensors: Tensor) -> str | None:
+    """One sentence on why `backend` cannot run, with these tensors or, without tensors, at all; None if it can.
+
+    Raises:
+        ValueError: for a name that is no backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}; None takes the best")
+    return BACKENDS[backend].why_not(*tensors)
+
+
+def compatible_backends(*tensors: Tensor) -> list[str]:
+    """Names of the backends that can run with these tensors, best first; `backend=None` takes the first."""
+    return [name for name, backend in BACKENDS.items() if backend.why_not(*tensors) is None]

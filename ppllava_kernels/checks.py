@@ -1,0 +1,149 @@
+"""Every check of the ops' user input, once: name, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .shapes import Window, check_fits
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DENSE, RAGGED = "B, T, H, W", "F, H, W"
+
+
+def check_tensors(cu_frames: Tensor | None, **named: Tensor | None) -> None:
+    """dtype, device and size of every tensor, then `cu_frames`; the values of `cu_frames` are checked where it is read."""
+    given = {name: x for name, x in named.items() if x is not None}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it, e.g. {name}.float()"
+            )
+    first, head = next(iter(given.items()))
+    for name, x in given.items():
+        if x.device != head.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {head.device}, got {x.device}; use {name}.to({first}.device)"
+            )
+        if (x.dtype == torch.float64) != (head.dtype == torch.float64):
+            raise TypeError(
+                f"{name} must be float64 exactly where {first} is, got {x.dtype} beside {head.dtype}; "
+                "use float64 for all tensors or for none"
+            )
+    if cu_frames is None:
+        return
+    if not isinstance(cu_frames, Tensor) or cu_frames.dtype != torch.int32:
+        got = cu_frames.dtype if isinstance(cu_frames, Tensor) else type(cu_frames).__name__
+        raise TypeError(f"cu_frames must be an int32 tensor, got {got}; use torch.tensor(..., dtype=torch.int32)")
+    if cu_frames.dim() != 1 or cu_frames.shape[0] < 2:
+        raise ValueError(
+            f"cu_frames must be [B+1] for at least one video, got shape {list(cu_frames.shape)}; "
+            "pass 0 and the cumulative sum of the frames of each video"
+        )
+    if cu_frames.device != head.device and cu_frames.device.type != "cpu":
+        raise ValueError(
+            f"cu_frames must be on the CPU or on the device of {first}, {head.device}, got {cu_frames.device}; "
+            "keep it on the CPU, which also saves a synchronisation"
+        )
+
+
+def check_channels_last(name: str, x: Tensor, cu_frames: Tensor | None, channel: str) -> None:
+    """[B, T, H, W, D], or [F, H, W, D] with `cu_frames`; nothing empty; the channel axis contiguous."""
+    lead = DENSE if cu_frames is None else RAGGED
+    if x.dim() != lead.count(",") + 2:
+        hint = "pack the frames of all videos" if cu_frames is not None else "add a batch axis, or pass cu_frames"
+        raise ValueError(f"{name} must be [{lead}, {channel}], got shape {list(x.shape)}; {hint}")
+    check_nonempty(name, x)
+    check_contiguous_channels(name, x)
+
+
+def check_nonempty(name: str, x: Tensor) -> None:
+    if any(n == 0 for n in x.shape):
+        raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}; skip the call for an empty batch")
+
+
+def check_contiguous_channels(name: str, x: Tensor) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise ValueError(
+            f"{name} must have a contiguous channel axis (stride 1), got strides {tuple(x.stride())}; "
+            f"use {name}.contiguous()"
+        )
+
+
+def check_grid(name: str, grid: Sequence[int], values: Tensor, cu_frames: Tensor | None, channel: str = "") -> None:
+    """`grid`, the shape of `name` without its channel axis, is that of `values`."""
+    if list(grid) != list(values.shape[:-1]):
+        lead = DENSE if cu_frames is None else RAGGED
+        raise ValueError(
+            f"{name} must be [{lead}{channel}] with [{lead}] = {list(values.shape[:-1])} to match values, "
+            f"got {list(grid)}; both must describe the same patches"
+        )
+
+
+def check_embeds(image_embeds: Tensor, text_embeds: Tensor, cu_frames: Tensor | None) -> None:
+    check_channels_last("image_embeds", image_embeds, cu_frames, "C")
+    batch = image_embeds.shape[0] if cu_frames is None else cu_frames.shape[0] - 1
+    if text_embeds.dim() != 2:
+        raise ValueError(
+            f"text_embeds must be [B, C], got shape {list(text_embeds.shape)}; pass one pooled text embedding per video"
+        )
+    if text_embeds.shape[1] != image_embeds.shape[-1]:
+        raise ValueError(
+            f"text_embeds must have the {image_embeds.shape[-1]} channels of image_embeds, got {text_embeds.shape[1]}; "
+            "use image and text embeddings of one CLIP model"
+        )
+    if text_embeds.shape[0] != batch:
+        hint = "use text_embeds.expand(B, -1) to share one prompt" if cu_frames is None else "one row for each video"
+        raise ValueError(f"text_embeds must be [B, C] with B = {batch} videos, got B = {text_embeds.shape[0]}; {hint}")
+    check_contiguous_channels("text_embeds", text_embeds)
+
+
+def check_window(values: Tensor, window: Window, cu_frames: Tensor | None) -> None:
+    """Dense clips: the kernel fits. Ragged clips are checked frame count by frame count where `cu_frames` is read."""
+    if cu_frames is None:
+        check_fits("the clip", values.shape[1:4], window)
+
+
+def check_temperature(temperature: float) -> float:
+    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}; use temperature.item()")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}; the original model uses 0.01")
+    return float(temperature)
+
+
+def check_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
+    """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
+    if not isinstance(logit_scale, Tensor):
+        if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale):
+            raise TypeError(f"logit_scale must be a finite float or a tensor, got {logit_scale!r}; pass exp(logit_scale)")
+        return float(logit_scale), None
+    if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:
+        raise ValueError(
+            f"logit_scale must be one floating point number, got {logit_scale.dtype} of shape "
+            f"{list(logit_scale.shape)}; pass exp(logit_scale) of the CLIP model"
+        )
+    if logit_scale.device != image_embeds.device:
+        raise ValueError(
+            f"logit_scale must be on the device of image_embeds, {image_embeds.device}, got {logit_scale.device}; "
+            "use logit_scale.to(image_embeds.device), or a float"
+        )
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    return 1.0, logit_scale.reshape(()).to(dtype)
+
+
+def check_backend(backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend to run: the first compatible one for None, else `backend` itself, or why it cannot run."""
+    given = [x for x in tensors if x is not None]
+    if backend is None:
+        return backends.compatible_backends(*given)[0]
+    reason = backends.why_not(backend, *given)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run: {reason}")
+    return backend

@@ -1,0 +1,171 @@
+"""The ops. `[..]` are shapes; channels come last, because that is what a ViT emits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import library
+from .backends import reference
+from .checks import (
+    check_backend,
+    check_channels_last,
+    check_embeds,
+    check_grid,
+    check_logit_scale,
+    check_temperature,
+    check_tensors,
+    check_window,
+)
+from .shapes import make_window
+
+Size = int | Sequence[int]
+
+
+def prompt_relevance(
+    image_embeds: Tensor,  # [B, T, H, W, C] or [F, H, W, C]
+    text_embeds: Tensor,  # [B, C]
+    *,
+    logit_scale: float | Tensor = 100.0,
+    cu_frames: Tensor | None = None,  # [B+1]
+    backend: str | None = None,
+) -> Tensor:
+    r"""How relevant each patch of a video is to its prompt.
+
+    .. math:: r_i = \mathrm{softmax}_i(s \cos(e_i, c))
+
+    with `e_i` the patches of one video, `c` its prompt and `s` the scale; the softmax runs over all T*H*W patches of
+    the video and never crosses videos. (PPLLaVA, arXiv 2411.02327, section 3.2.)
+
+    Args:
+        image_embeds: [B, T, H, W, C] patch embeddings in the space of the text, not normalised. Any strides with a
+            contiguous channel axis; a batch stride of 0 (`expand`) costs nothing.
+        text_embeds: [B, C] one prompt embedding per video, not normalised.
+        logit_scale: s, a float or a one-element tensor, which then gets a gradient. CLIP: `exp(logit_scale)`, 100.
+        cu_frames: int32 [B+1] for a ragged batch: video b is frames cu_frames[b]:cu_frames[b+1] of image_embeds
+            [F, H, W, C]. On the CPU or on the device of image_embeds; the CPU saves a synchronisation.
+        backend: "cpp", "triton" or "reference"; None takes the best that can run, a name never falls back.
+
+    Returns:
+        relevance: [B, T, H, W] or [F, H, W], float32 (float64 for float64 inputs), sums to 1 over each video.
+        An embedding that is zero has cosine 0 and gets no gradient. NaN in one video stays in that video.
+
+    Raises:
+        ValueError, TypeError: for input outside of the above; the message says what to do.
+    """
+    check_tensors(cu_frames, image_embeds=image_embeds, text_embeds=text_embeds)
+    check_embeds(image_embeds, text_embeds, cu_frames)
+    scale, scale_tensor = check_logit_scale(logit_scale, image_embeds)
+    backend = check_backend(backend, image_embeds, text_embeds)
+    if backend == "reference":
+        scale = scale if scale_tensor is None else scale_tensor
+        return reference.prompt_relevance(image_embeds, text_embeds, scale, cu_frames)
+    return library.ops.prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend)
+
+
+def weighted_pool3d(
+    values: Tensor,  # [B, T, H, W, D] or [F, H, W, D]
+    weights: Tensor | None,  # [B, T, H, W] or [F, H, W]
+    *,
+    kernel_size: Size | None = None,
+    stride: Size | None = None,
+    output_size: Size | None = None,
+    temperature: float = 0.01,
+    cu_frames: Tensor | None = None,  # [B+1]
+    backend: str | None = None,
+) -> Tensor:
+    r"""Pool each window of a video with the softmax of its weights.
+
+    .. math:: y_o = \sum_{i \in o} \mathrm{softmax}_{i \in o}(w_i / \tau) \, v_i
+
+    The windows `o` are those of :class:`torch.nn.AvgPool3d` (`kernel_size`, `stride`, no padding; leftover frames, rows
+    and columns are dropped) or, with `output_size`, those of :class:`torch.nn.AdaptiveAvgPool3d`, which fit a clip of
+    any length into a fixed number of tokens. With equal weights, or None, the result is that of these modules.
+
+    Args:
+        values: [B, T, H, W, D]. Any strides with a contiguous channel axis.
+        weights: [B, T, H, W] scores, any strides, or None for the plain mean. They keep their own dtype; a score of
+            -inf leaves its patch out. Low precision scores lose up to 0.2 in the exponent at the default temperature:
+            pass float32.
+        kernel_size: window size over (T, H, W), one int or three.
+        stride: distance between windows; None: kernel_size, so that windows neither overlap nor leave gaps.
+        output_size: number of windows along (T, H, W) instead of kernel_size.
+        temperature: tau > 0, a float. The original model uses 0.01.
+        cu_frames: int32 [B+1] for a ragged batch, as in :func:`prompt_relevance`: values [F, H, W, D], weights
+            [F, H, W]. No window crosses videos.
+        backend: as in :func:`prompt_relevance`.
+
+    Returns:
+        pooled: [B, To, Ho, Wo, D] in the dtype of values, accumulated in float32; with cu_frames and kernel_size
+        [Fo, Ho, Wo, D], the pooled frames of all videos packed; with cu_frames and output_size [B, To, Ho, Wo, D].
+
+    Raises:
+        ValueError, TypeError: for input outside of the above; the message says what to do.
+    """
+    window = make_window(kernel_size, stride, output_size)
+    check_tensors(cu_frames, values=values, weights=weights)
+    check_channels_last("values", values, cu_frames, "D")
+    if weights is not None:
+        check_grid("weights", weights.shape, values, cu_frames)
+    check_window(values, window, cu_frames)
+    temperature = check_temperature(temperature)
+    backend = check_backend(backend, values, weights)
+    if backend == "reference":
+        return reference.weighted_pool3d(values, weights, window, temperature, cu_frames)
+    return library.ops.weighted_pool3d(values, weights, *window, temperature, cu_frames, backend)
+
+
+def prompt_guided_pool3d(
+    values: Tensor,  # [B, T, H, W, D] or [F, H, W, D]
+    image_embeds: Tensor,  # [B, T, H, W, C] or [F, H, W, C]
+    text_embeds: Tensor,  # [B, C]
+    *,
+    kernel_size: Size | None = None,
+    stride: Size | None = None,
+    output_size: Size | None = None,
+    logit_scale: float | Tensor = 100.0,
+    temperature: float = 0.01,
+    return_relevance: bool = False,
+    cu_frames: Tensor | None = None,  # [B+1]
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pool the tokens of a video with the relevance of each patch to the prompt.
+
+    :func:`prompt_relevance` and :func:`weighted_pool3d` in one pass; nothing of size T*H*W x D is written besides the
+    gradient of values.
+
+    Args:
+        values: [B, T, H, W, D] the tokens to pool, for example the projected patches.
+        image_embeds: [B, T, H, W, C] the same patches in the space of the prompt.
+        text_embeds: [B, C] one prompt embedding per video.
+        return_relevance: return relevance, too.
+        kernel_size, stride, output_size, temperature: as in :func:`weighted_pool3d`.
+        logit_scale, cu_frames, backend: as in :func:`prompt_relevance`.
+
+    Returns:
+        pooled as in :func:`weighted_pool3d`, or (pooled, relevance) with relevance as in :func:`prompt_relevance`;
+        both carry gradients.
+
+    Raises:
+        ValueError, TypeError: for input outside of the above; the message says what to do.
+    """
+    window = make_window(kernel_size, stride, output_size)
+    check_tensors(cu_frames, values=values, image_embeds=image_embeds, text_embeds=text_embeds)
+    check_channels_last("values", values, cu_frames, "D")
+    check_embeds(image_embeds, text_embeds, cu_frames)
+    check_grid("image_embeds", image_embeds.shape[:-1], values, cu_frames, channel=", C")
+    check_window(values, window, cu_frames)
+    temperature = check_temperature(temperature)
+    scale, scale_tensor = check_logit_scale(logit_scale, image_embeds)
+    backend = check_backend(backend, values, image_embeds, text_embeds)
+    if backend == "reference":
+        scale = scale if scale_tensor is None else scale_tensor
+        pooled, relevance = reference.prompt_guided_pool3d(
+            values, image_embeds, text_embeds, scale, window, temperature, cu_frames
+        )
+    else:
+        pooled, relevance = library.ops.prompt_guided_pool3d(
+            values, image_embeds, text_embeds, scale_tensor, scale, *window, temperature, cu_frames, backend
+        )
+    return (pooled, relevance) if return_relevance else pooled

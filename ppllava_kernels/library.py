@@ -1,0 +1,196 @@
+"""Every torch.library line: schemas, implementations, fakes and gradients of the registered ops.
+
+The kernels of a backend appear here as ops that take the backend's name, the backward ones too, so that torch.compile
+and torch.export see one opaque node in each direction. The reference is plain PyTorch and needs no registration.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .shapes import Window, output_shape
+
+# The package's own name: another copy of it, loaded under another name, registers beside this one.
+NAMESPACE = __package__.replace(".", "_")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+ops = getattr(torch.ops, NAMESPACE)
+
+_EMBEDS = "Tensor image_embeds, Tensor text_embeds, Tensor? scale_tensor, float scale"
+_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] output_size, float temperature"
+_WHERE = "Tensor? cu_frames, str backend"
+
+
+def _register(schema: str):
+    """Define the op of `schema`, implemented by the decorated function on every device that its backends know."""
+
+    def decorator(function):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(function.__name__, function, "CompositeExplicitAutograd")
+        return function
+
+    return decorator
+
+
+def _fake(function):
+    """Register the decorated function as the fake of the op that it is named after."""
+    name = function.__name__.removesuffix("_fake")
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@_register(f"prompt_relevance({_EMBEDS}, {_WHERE}) -> Tensor")
+def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
+    return BACKENDS[backend].prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames)
+
+
+@_fake
+def prompt_relevance_fake(image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
+    return image_embeds.new_empty(image_embeds.shape[:-1], dtype=_accumulator(image_embeds))
+
+
+@_register(
+    f"prompt_relevance_backward(Tensor grad, Tensor relevance, {_EMBEDS}, {_WHERE}) -> (Tensor, Tensor, Tensor)"
+)
+def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
+    return BACKENDS[backend].prompt_relevance_backward(
+        grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames
+    )
+
+
+@_fake
+def prompt_relevance_backward_fake(
+    grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend
+):
+    grad_scale = grad.new_empty((), dtype=_accumulator(image_embeds))
+    return image_embeds.new_empty(image_embeds.shape), text_embeds.new_empty(text_embeds.shape), grad_scale
+
+
+@_register(f"weighted_pool3d(Tensor values, Tensor? weights, {_WINDOW}, {_WHERE}) -> Tensor")
+def weighted_pool3d(values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend):
+    window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
+    return BACKENDS[backend].weighted_pool3d(values, weights, window, temperature, cu_frames)
+
+
+@_fake
+def weighted_pool3d_fake(values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend):
+    return _fake_pooled(values, kernel_size, stride, output_size, cu_frames)
+
+
+def _fake_pooled(values, kernel_size, stride, output_size, cu_frames):
+    *lead, height, width, channels = values.shape  # lead: [B, T] or [F]
+    frames, rows, columns = output_shape((lead[-1], height, width), kernel_size, stride, output_size)
+    if cu_frames is None:
+        lead = [lead[0], frames]
+    elif output_size:
+        lead = [cu_frames.shape[0] - 1, frames]
+    else:  # each video drops its own leftover frames, so that the total depends on the values of cu_frames
+        single = kernel_size[0] == 1 and stride[0] == 1
+        lead = [values.shape[0] if single else torch.library.get_ctx().new_dynamic_size()]
+    return values.new_empty([*lead, rows, columns, channels])
+
+
+@_register(
+    f"weighted_pool3d_backward(Tensor grad, Tensor values, Tensor? weights, {_WINDOW}, {_WHERE}, bool need_values, "
+    "bool need_weights) -> (Tensor, Tensor)"
+)
+def weighted_pool3d_backward(
+    grad, values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend, need_values, need_weights
+):
+    window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
+    return BACKENDS[backend].weighted_pool3d_backward(
+        grad, values, weights, window, temperature, cu_frames, need_values, need_weights
+    )
+
+
+@_fake
+def weighted_pool3d_backward_fake(
+    grad, values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend, need_values, need_weights
+):
+    grad_values = values.new_empty(values.shape if need_values else 0)
+    grad_weights = weights.new_empty(weights.shape) if need_weights else values.new_empty(0)
+    return grad_values, grad_weights
+
+
+@_register(f"prompt_guided_pool3d(Tensor values, {_EMBEDS}, {_WINDOW}, {_WHERE}) -> (Tensor, Tensor)")
+def prompt_guided_pool3d(
+    values, image_embeds, text_embeds, scale_tensor, scale, kernel_size, stride, output_size, temperature, cu_frames,
+    backend,
+):  # fmt: skip
+    window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
+    return BACKENDS[backend].prompt_guided_pool3d(
+        values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames
+    )
+
+
+@_fake
+def prompt_guided_pool3d_fake(
+    values, image_embeds, text_embeds, scale_tensor, scale, kernel_size, stride, output_size, temperature, cu_frames,
+    backend,
+):  # fmt: skip
+    pooled = _fake_pooled(values, kernel_size, stride, output_size, cu_frames)
+    return pooled, image_embeds.new_empty(image_embeds.shape[:-1], dtype=_accumulator(image_embeds))
+
+
+def _save_relevance(ctx, inputs, output):
+    image_embeds, text_embeds, scale_tensor, *ctx.arguments = inputs
+    scale, cu_frames, backend = ctx.arguments
+    ctx.arguments = (scale, backend)
+    ctx.save_for_backward(output, image_embeds, text_embeds, scale_tensor, cu_frames)
+
+
+def _relevance_backward(ctx, grad):
+    relevance, image_embeds, text_embeds, scale_tensor, cu_frames = ctx.saved_tensors
+    scale, backend = ctx.arguments
+    grads = ops.prompt_relevance_backward(
+        grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend
+    )
+    return *_where_needed(ctx.needs_input_grad, grads), None, None, None
+
+
+def _save_pool(ctx, inputs, output):
+    values, weights, *ctx.window, cu_frames, ctx.backend = inputs
+    ctx.save_for_backward(values, weights, cu_frames)
+
+
+def _pool_backward(ctx, grad):
+    values, weights, cu_frames = ctx.saved_tensors
+    need = ctx.needs_input_grad[:2]
+    grads = ops.weighted_pool3d_backward(grad, values, weights, *ctx.window, cu_frames, ctx.backend, *need)
+    return *_where_needed(need, grads), None, None, None, None, None, None
+
+
+def _save_guided(ctx, inputs, output):
+    values, image_embeds, text_embeds, scale_tensor, ctx.scale, *ctx.window, cu_frames, ctx.backend = inputs
+    ctx.save_for_backward(values, output[1], image_embeds, text_embeds, scale_tensor, cu_frames)
+
+
+def _guided_backward(ctx, grad_pooled, grad_relevance):
+    values, relevance, *embeds, cu_frames = ctx.saved_tensors
+    need_values, *need_embeds = ctx.needs_input_grad[:4]
+    # A relevance that needs no gradient saves the whole second half.
+    grad_values, grad = ops.weighted_pool3d_backward(
+        grad_pooled, values, relevance, *ctx.window, cu_frames, ctx.backend, need_values, any(need_embeds)
+    )
+    grads = (None, None, None)
+    if any(need_embeds):
+        grads = ops.prompt_relevance_backward(
+            grad + grad_relevance, relevance, *embeds, ctx.scale, cu_frames, ctx.backend
+        )
+    return *_where_needed((need_values, *need_embeds), (grad_values, *grads)), *(None,) * 7
+
+
+def _where_needed(need, grads):
+    return tuple(grad if needed else None for needed, grad in zip(need, grads))
+
+
+for _name, _backward, _save in (
+    ("prompt_relevance", _relevance_backward, _save_relevance),
+    ("weighted_pool3d", _pool_backward, _save_pool),
+    ("prompt_guided_pool3d", _guided_backward, _save_guided),
+):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_save, lib=_library)

@@ -1,0 +1,123 @@
+"""Shape arithmetic of the windows and of ragged batches: pure functions, shared by checks, fakes, backends and models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+class Window(NamedTuple):
+    """The pooling windows over (T, H, W): either `kernel_size` and `stride`, or `output_size`; what is unused is ()."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    output_size: tuple[int, ...]
+
+
+def triple(name: str, size: int | Sequence[int]) -> Triple:
+    """`size` as three positive integers for (T, H, W); one integer stands for all three axes."""
+    sizes = tuple(size) if isinstance(size, Sequence) else (size,) * 3
+    # A SymInt is an integer too, while torch.compile traces.
+    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in sizes):
+        raise TypeError(f"{name} must be an int or three ints for (T, H, W), got {size!r}; pass for example (2, 3, 3)")
+    if len(sizes) != 3 or any(n < 1 for n in sizes):
+        raise ValueError(f"{name} must be three positive ints for (T, H, W), got {size!r}; pass for example (2, 3, 3)")
+    return sizes
+
+
+def make_window(
+    kernel_size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] | None = None,
+    output_size: int | Sequence[int] | None = None,
+) -> Window:
+    """The window that exactly one of `kernel_size` (with an optional `stride`) and `output_size` describes."""
+    if (kernel_size is None) == (output_size is None):
+        got = "neither" if kernel_size is None else f"kernel_size={kernel_size!r} and output_size={output_size!r}"
+        raise ValueError(f"exactly one of kernel_size and output_size must be given, got {got}; pass one of them")
+    if output_size is not None:
+        if stride is not None:
+            raise ValueError(
+                f"stride must be None where output_size sets the windows, got stride={stride!r}; "
+                "drop it or pass kernel_size instead of output_size"
+            )
+        return Window((), (), triple("output_size", output_size))
+    kernel = triple("kernel_size", kernel_size)
+    return Window(kernel, kernel if stride is None else triple("stride", stride), ())
+
+
+def output_shape(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], output_size: Sequence[int]):
+    """(To, Ho, Wo) of the pooled clip for a clip of `size` (T, H, W); leftover frames, rows and columns are dropped."""
+    if output_size:
+        return tuple(output_size)
+    return tuple((n - k) // s + 1 for n, k, s in zip(size, kernel_size, stride))
+
+
+def largest_window(counts: Iterable[int], height: int, width: int, window: Window) -> Triple:
+    """Patches along (T, H, W) of the largest window in clips of these frame counts; for output_size, a bound of it."""
+    if window.kernel_size:
+        return window.kernel_size
+
+    def span(n: int, outputs: int) -> int:
+        # ceil((o+1)*n/O) - floor(o*n/O) is n/O where O divides n, else at most ceil(n/O) + 1, and never more than n.
+        return n // outputs if n % outputs == 0 else min(n, (n - 1) // outputs + 2)
+
+    frames, rows, columns = window.output_size
+    return max(span(n, frames) for n in counts), span(height, rows), span(width, columns)
+
+
+def pooled_size(
+    size: Sequence[int],
+    kernel_size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] | None = None,
+    output_size: int | Sequence[int] | None = None,
+) -> Triple:
+    """Number of pooled tokens along (T, H, W) for a clip of `size` (T, H, W) patches.
+
+    The arguments are those of :func:`weighted_pool3d`; the product of the result is the number of visual tokens.
+
+    Raises:
+        ValueError: for arguments that the ops would reject.
+    """
+    window = make_window(kernel_size, stride, output_size)
+    check_fits("the clip", triple("size", size), window)
+    return output_shape(size, *window)
+
+
+def check_fits(what: str, size: Sequence[int], window: Window) -> None:
+    """Raise where `kernel_size` is larger than the (T, H, W) of `what`."""
+    if window.kernel_size and any(k > n for k, n in zip(window.kernel_size, size)):
+        kernel, got = tuple(window.kernel_size), tuple(size)
+        raise ValueError(
+            f"kernel_size must fit into {what}, got kernel_size {kernel} for (T, H, W) = {got}; "
+            "use a smaller kernel_size, or output_size, which fits any clip"
+        )
+
+
+def frame_counts(cu_frames: Tensor, total: int) -> list[int]:
+    """Frames of each video, read from `cu_frames` int32 [B+1]: starts at 0, never decreases, ends at `total`.
+
+    A `cu_frames` on a GPU costs one synchronisation here; on the CPU none.
+    """
+    ends = cu_frames.tolist()  # [B+1]
+    if ends[0] != 0:
+        raise ValueError(f"cu_frames must start at 0, got {ends[0]}; prepend the 0 of the first video")
+    for b, (start, end) in enumerate(zip(ends, ends[1:])):
+        if end < start:
+            raise ValueError(f"cu_frames must not decrease, got {start} then {end} for video {b}; pass cumulative sums")
+        if end == start:
+            raise ValueError(f"cu_frames must give every video a frame, got none for video {b}; leave that video out")
+    if ends[-1] != total:
+        raise ValueError(f"cu_frames must end at F = {total}, the packed frames, got {ends[-1]}; check the last length")
+    return [end - start for start, end in zip(ends, ends[1:])]
+
+
+def ragged_outputs(counts: list[int], height: int, width: int, window: Window) -> list[int]:
+    """Pooled frames of each video of a ragged batch, given its frames; raises for a video shorter than the kernel."""
+    for b, frames in enumerate(counts):
+        check_fits(f"video {b} of cu_frames", (frames, height, width), window)
+    return [output_shape((frames, height, width), *window)[0] for frames in counts]
