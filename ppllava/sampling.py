@@ -1,4 +1,4 @@
-"""Which frames of a clip to look at: pure functions of counts and timestamps. `ppllava.video` decodes what they choose."""
+"""Which frames of a clip to look at: pure functions of counts and timestamps; `ppllava.video` decodes the choice."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def sample_uniform(num_frames: int, total_frames: int) -> np.ndarray:
 def sample_range(timestamps: np.ndarray, start: float | None = None, end: float | None = None) -> tuple[int, int]:
     """(first, last): the frames on screen at `start` and at `end` seconds; None means the clip's own start or end.
 
-    timestamps  float64 [N], seconds, ascending. The frame on screen at t is the last one with timestamp <= t; the last frame
-    stays for the average frame time. An `end` after the clip means its last frame; a `start` after it is a ValueError.
+    timestamps  float64 [N], seconds, ascending. The frame on screen at t is the last one with timestamp <= t; the last
+    frame stays for the average frame time. An `end` after the clip means its last frame, a `start` after it is a
+    ValueError.
     """
     timestamps = np.asarray(timestamps, dtype=np.float64)  # [N]
     begin, finish = 0.0 if start is None else start, math.inf if end is None else end
@@ -50,7 +51,7 @@ def sample_fps(
 ) -> np.ndarray:
     """int64 [T]: the frames on screen at start, start + 1/fps, start + 2/fps, ... up to `end` or the last timestamp.
 
-    timestamps  float64 [N], seconds, ascending; need not be evenly spaced. An `fps` above the clip's own repeats frames.
+    timestamps  float64 [N], seconds, ascending, evenly spaced or not. An `fps` above the clip's own repeats frames.
     Where T would pass `max_frames`, that many of those times are kept, spread by `sample_uniform`.
     """
     timestamps = np.asarray(timestamps, dtype=np.float64)  # [N]

@@ -1,19 +1,20 @@
 """Read the frames asked for from a video file, exactly those, with PyAV or decord.
 
-`read_video` is the one-call form: a rule of `ppllava.sampling` picks indices and a `VideoReader` decodes them. A frame is
-named by its place in presentation order, known from the timestamps of all packets, so variable frame rates, B-frames and
-files without a frame count are exact. Readers never resize.
+`read_video` is the one-call form: a rule of `ppllava.sampling` picks indices and a `VideoReader` decodes them. A frame
+is named by its place in presentation order, known from the timestamps of all packets, so variable frame rates, B-frames
+and files without a frame count are exact. Readers never resize.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, dropwhile
-from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -22,13 +23,13 @@ from av.stream import Disposition
 from .sampling import sample_fps, sample_range, sample_uniform
 
 MAX_BYTES = 8 << 30  # default limit on the RGB output of one call
-SEEK_COST = 10  # frames; 640x360 H.264, 2 CPU cores: a seek took 1.8 to 2.9 ms, decoding one frame 0.17 to 0.34 ms
+SEEK_COST = 5  # frames; of 0, 5, 10 and 20 the fastest for 8 to 64 of 900 frames, 640x360 H.264, on 2 CPU cores
 
-# FFmpeg formats that keep their data in one file. Playlists (hls, dash, concat) open other files, images and text are no
-# video; sound formats are here only so that the error can say "no video stream".
-_FORMATS = (
-    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,mxf,nut,rm,dv,wtv,obu,yuv4mpegpipe,h264,hevc,vvc,m4v,"
-    "mp3,wav,aac,flac"
+# FFmpeg formats that keep their data in one file. Playlists (hls, dash, concat) open other files; images and text are
+# not video; sound formats are here only so that the error can say that it is sound.
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,mxf,nut,rm,dv,wtv,obu,yuv4mpegpipe,"
+    "h264,hevc,vvc,m4v,mp3,wav,aac,flac"
 )
 
 
@@ -79,18 +80,22 @@ class VideoReader(Protocol):
         """RGB uint8 [len(indices), height, width, 3] in the order asked; any order, duplicates allowed."""
 
     def close(self) -> None:
-        """Free what the backend keeps between calls."""
+        """Free what the backend keeps between calls; leaving a `with` block does the same."""
+
+    def __enter__(self) -> VideoReader: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
-def plan_decoding(wanted: Iterable[int], keyframes: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Group `wanted` frames (ascending) into runs `(keyframe, frames)`: seek to the keyframe, decode forward to the last.
+def plan_decoding(wanted: Sequence[int], keyframes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Group `wanted` frames (ascending) into runs `(keyframe, frames)`: seek to the keyframe, decode on to the last.
 
-    A run ends where seeking would skip more frames than a seek costs (SEEK_COST). So with long keyframe gaps everything is
-    one pass, and with short ones each wanted frame is one seek. `keyframes` ascends and starts at or before `wanted`.
+    A run ends where seeking would skip more frames than a seek costs (SEEK_COST). So with long keyframe gaps all is one
+    pass, and with short ones each wanted frame is one seek. `keyframes` ascends and starts at or before `wanted`.
     """
     runs: list[tuple[int, list[int]]] = []
-    for index in wanted:
-        keyframe = int(keyframes[int(np.searchsorted(keyframes, index, side="right")) - 1])
+    starts = np.asarray(keyframes)[np.searchsorted(keyframes, wanted, side="right") - 1].tolist()
+    for index, keyframe in zip(wanted, starts):
         if runs and keyframe - runs[-1][1][-1] - 1 <= SEEK_COST:
             runs[-1][1].append(index)
         else:
@@ -102,44 +107,57 @@ class PyAVReader:
     """`VideoReader` over PyAV (FFmpeg), the default.
 
     path         a local file; FFmpeg may open this file only, so URLs, playlists and images are refused
-    num_threads  0 = slice threads (lowest memory, fastest measured on 2 cores); n = n decoder threads, n frames in flight
+    num_threads  0 = slice threads (lowest memory, fastest measured on 2 cores); n = n decoder threads
     max_bytes    limit on the RGB output of one `get_frames`
 
-    Opening reads every packet and decodes one frame. The frames that exist are the whole packets found: a file cut short
-    (half an mkv, half a faststart mp4) has the length of what is left, and one VideoWarning says how much was promised. A
-    frame that then fails to decode is a VideoError, never replaced by another; where the decoder patched over damage inside
-    a frame, that frame comes with a VideoWarning. avi and raw streams, whose timestamps name no frames, are numbered by
-    decoding them once. Rotation by quarter turns is applied, mirroring is not. Nothing stays open between calls.
+    Opening reads every packet and decodes one frame. The frames that exist are the whole packets found: a file cut
+    short (half an mkv, half a faststart mp4) has the length of what is left, and one VideoWarning says how much was
+    promised. A frame that then fails to decode is a VideoError, never replaced by another; a frame the decoder reports
+    as patched, or that follows one it failed to decode, comes with a VideoWarning. avi and raw streams, whose
+    timestamps name no frames, are numbered by decoding them once. Rotation by quarter turns is applied, mirroring is
+    not. Nothing stays open between calls.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 0, max_bytes: int = MAX_BYTES) -> None:
-        self.path, self.num_threads, self.max_bytes = os.fsdecode(path), num_threads, max_bytes
         if num_threads < 0:
             raise ValueError(f"num_threads must be 0 (the decoder's choice) or more, got {num_threads}")
-        self._file = self._local_file()
+        self.path, self._threads, self._max_bytes = os.fsdecode(path), num_threads, max_bytes
+        self._file = _local_file(self.path)
         with self._open() as (container, stream):
             self.height, self.width = stream.codec_context.height, stream.codec_context.width
             self._check_budget(1)
-            self._read_index(container, stream)
-        self._first_frame()
+            lost = self._read_index(container, stream)
+        with self._open() as (container, stream):
+            frames = _frames(self._packets(container, stream), stream)
+            first = next((f for f, _ in frames if self._pts is None or f.pts is None or f.pts >= self._pts[0]), None)
+            if first is None:
+                raise VideoError(f"{self.path}: none of its frames can be decoded; download or copy it again")
+            self._quarter_turns = round(getattr(first, "rotation", 0) / 90) % 4  # counter-clockwise; since PyAV 14.1
+            self.width, self.height = (first.width, first.height)[:: -1 if self._quarter_turns % 2 else 1]
+            if self._pts is None or first.pts != self._pts[0]:
+                self._number_by_decoding([first.pts, *(frame.pts for frame, _ in frames)])
+        if lost:
+            self._warn(f"is cut short, {len(self)} frames exist of about {len(self) + lost}; only those are read")
+        length = float(self.timestamps[-1])
+        self.fps = (len(self) - 1) / length if length else self._rate
 
     def __len__(self) -> int:
         return len(self.timestamps)
 
-    def __enter__(self):
+    def __enter__(self) -> PyAVReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Free what the backend keeps between calls."""
+        """Free what the backend keeps between calls: nothing."""
 
     def get_frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """RGB uint8 [len(indices), height, width, 3] in the order asked; any order, duplicates allowed.
 
-        Memory: the result, one RGB frame and the decoder's buffers. ValueError for an index outside 0 .. N - 1; VideoError
-        where a frame cannot be decoded or the result would pass `max_bytes`.
+        Memory: the result, one RGB frame and the decoder's buffers. ValueError for an index outside 0 .. N - 1;
+        VideoError where a frame cannot be decoded or the result would pass `max_bytes`.
         """
         indices = np.asarray(indices)  # [T]
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
@@ -149,58 +167,283 @@ class PyAVReader:
         self._check_budget(len(indices))
         out = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)  # [T, H, W, 3]
         slots: dict[int, list[int]] = {}  # frame -> its places in out
-        for slot, index in enumerate(indices.tolist()):
-            slots.setdefault(index, []).append(slot)
-        self._fill(out, {index: slots[index] for index in sorted(slots)})
+        for slot in np.argsort(indices, kind="stable").tolist():
+            slots.setdefault(int(indices[slot]), []).append(slot)
+        self._fill(out, slots)
         return out
 
     def _fill(self, out: np.ndarray, slots: dict[int, list[int]]) -> None:
         """Decode the frames of `slots` (ascending) into their places in out, [T, H, W, 3]."""
         missing, damaged = list(slots), []
-        for from_start in (False, True):  # the second pass is for containers that seek badly, and for damaged files
+        for from_start in (False, True):  # a second pass only for containers that seek badly and for damaged files
             if not missing:
                 break
             one_pass = from_start or self._pts is None
+            runs = [(0, list(missing))] if one_pass else plan_decoding(missing, self._keyframes)
             with self._open() as (container, stream):
-                for keyframe, frames in [(0, list(missing))] if one_pass else plan_decoding(missing, self._keyframes):
-                    for index, frame in self._decode(container, stream, keyframe, frames, to_the_end=from_start):
-                        if from_start or not frame.is_corrupt:
+                for keyframe, wanted in runs:
+                    for index, frame, is_damaged in self._decode(container, stream, keyframe, wanted, from_start):
+                        if from_start or not is_damaged:
                             out[slots[index]] = self._to_rgb(frame)
                             missing.remove(index)
-                            damaged += [index] if frame.is_corrupt else []
+                            damaged += [index] if is_damaged else []
         if missing:
-            self._fail(f"frames {missing} of {len(self)} are damaged beyond decoding", "leave them out or re-encode it")
+            raise VideoError(
+                f"{self.path}: {len(missing)} of the frames asked for cannot be decoded, the first is {missing[0]}; "
+                "the file is damaged there, leave them out or re-encode it"
+            )
         if damaged:
-            self._warn(f"frames {damaged} are damaged, and the decoder patched them")
+            self._warn(f"has damaged frames, patched by the decoder, among those asked for: {damaged}")
 
-    def _decode(self, container, stream, keyframe: int, frames: list[int], to_the_end: bool) -> Iterator:
-        """(index, frame) for those of `frames` that the decoder gives from `keyframe` on."""
-        pending = {index if self._pts is None else int(self._pts[index]): index for index in frames}
+    def _decode(self, container, stream, keyframe: int, wanted: list[int], to_the_end: bool) -> Iterator:
+        """(index, frame, is_damaged) for those of `wanted` that the decoder gives from `keyframe` on."""
+        pending = {index if self._pts is None else int(self._pts[index]): index for index in wanted}
         final = max(pending)
-        packets = _seek(container, stream, *self._seek_points[keyframe]) if keyframe else container.demux(stream)
-        for count, frame in enumerate(_frames(packets, stream)):
+        for count, (frame, is_damaged) in enumerate(_frames(self._packets(container, stream, keyframe), stream)):
             number = count if self._pts is None else frame.pts
             if number in pending:
-                yield pending.pop(number), frame
+                yield pending.pop(number), frame, is_damaged
             if not pending or (not to_the_end and number is not None and number > final):
                 return
+
+    def _packets(self, container, stream, keyframe: int = 0) -> Iterator:
+        """The packets from `keyframe` or a keyframe before it on; none where the container cannot seek there."""
+        limit = self._seek_targets[keyframe].pts if keyframe else math.inf
+        # by pts first: mpegts and flv seek by dts and may land a group late, Matroska and mp4 by dts a group early
+        for stamp in self._seek_targets[keyframe][:2] if keyframe else (None,):
+            with suppress(av.FFmpegError):
+                if stamp is not None:
+                    container.seek(stamp, stream=stream)
+                packets = dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
+                first = next(packets, None)
+                if first is not None and (first.pts or 0) <= limit:
+                    return (packet for packet in chain([first], packets) if packet.pos != self._cut)
+        return iter(())
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         image = np.rot90(frame.to_ndarray(format="rgb24"), self._quarter_turns)  # [H, W, 3]
         if image.shape[:2] != (self.height, self.width):
-            size = f"from {self.width}x{self.height} to {image.shape[1]}x{image.shape[0]}"
-            self._fail(f"changes size {size} at {frame.time:.3f} s", "re-encode it at one size")
+            sizes = f"{self.width}x{self.height} and {image.shape[1]}x{image.shape[0]}"
+            raise VideoError(f"{self.path}: its frames have different sizes, {sizes}; re-encode it at one size")
         return image
 
-    def _read_index(self, container, stream) -> None:
-        """Find the frames: their pts and timestamps, and where decoding can start."""
-        found, packets, lost = [], 0, 0  # found: (pts, dts, is_keyframe, place among all packets), in file order
-        vp8 = stream.codec_context.name == "vp8"
-        with suppress(av.FFmpegError):
-            for packet in container.demux(stream):
-                if packet.size:
-                    hidden = packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10)  # VP8's show_frame bit
-                    lost += packet.is_corrupt  # the packet at which a file was cut
-                    if not (hidden or packet.is_corrupt):
-                        found.append((packet.pts, packet.dts, packet.is_keyframe))
-                    packets += 1
+    def _read_index(self, container, stream) -> int:
+        """Find the frames, their times and where decoding can start; returns how many promised frames are missing."""
+        self._time_base, self._rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 0)
+        packets, self._cut = _scan(container, stream)
+        self._pts, pts = None, [packet.pts for packet in packets]
+        if container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts):
+            keys = [packet for packet in packets if packet.is_keyframe]  # an edit list may hide some: not frames
+            shown = sorted(packet.pts for packet in packets if packet.is_shown and keys and packet.pts >= keys[0].pts)
+            if shown:
+                self._pts = np.array(shown, dtype=np.int64)  # [N]
+                self.timestamps = (self._pts - shown[0]) * self._time_base  # [N]
+                places = np.searchsorted(self._pts, [packet.pts for packet in keys]).tolist()
+                self._seek_targets = dict(zip(places, keys))  # first frame that needs the keyframe -> its packet
+                self._keyframes = sorted(self._seek_targets)
+        declared, begin = _declared_end(container, stream), (pts[:1] or [0])[0] or 0
+        short = declared - max((packet.end for packet in packets), default=0) * self._time_base  # seconds
+        promised = stream.frames or round((declared - begin * self._time_base) * self._rate)
+        lost = promised - len(packets) if short * self._rate > (0.5 if stream.frames else 0.5 * self._rate) else 0
+        return max(lost, int(self._cut >= 0))
+
+    def _number_by_decoding(self, pts: list[int | None]) -> None:
+        """Number the frames as the decoder gives them, for files whose timestamps do not name them."""
+        self._pts = None
+        self.timestamps = np.arange(len(pts)) / (self._rate or 25.0)  # [N]; 25 is FFmpeg's own rate for raw streams
+        if None not in pts and (np.diff(pts) > 0).all():
+            self.timestamps = (np.array(pts) - pts[0]) * self._time_base  # [N]
+
+    @contextmanager
+    def _open(self) -> Iterator:
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        try:
+            container = av.open(self._file, options=options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            raise VideoError(
+                f"{self.path}: FFmpeg finds no video in it; it is damaged, cut short before its index, or another kind "
+                "of file (playlists, images and text are refused), so pass a complete video file"
+            ) from error
+        with container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & Disposition.attached_pic:
+                raise VideoError(f"{self.path}: holds no video, only sound, a cover picture or data; pass a video file")
+            if stream.codec_context is None:
+                raise VideoError(f"{self.path}: PyAV has no decoder for its codec; re-encode it, for example to H.264")
+            stream.thread_type = "AUTO" if self._threads else "SLICE"
+            stream.codec_context.thread_count = self._threads
+            yield container, stream
+
+    def _check_budget(self, frames: int) -> None:
+        need = frames * self.height * self.width * 3
+        if need > self._max_bytes:
+            raise VideoError(
+                f"{self.path}: {frames} frames of {self.width}x{self.height} take {need} bytes, more than "
+                f"max_bytes={self._max_bytes}; ask for fewer frames or pass a larger max_bytes"
+            )
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{self.path}: {what}", VideoWarning, stacklevel=4)
+
+
+class DecordReader(PyAVReader):
+    """`VideoReader` over decord: the same index, errors and warnings as `PyAVReader`, pixels decoded by decord.
+
+    decord 0.6 bundles FFmpeg 4.1 (2018): no AV1, no gif or raw streams, and it fails on some mpegts, narrow rotated
+    clips, edit lists and files cut short; each is a VideoError that names the remedy, backend="pyav". It hides damage
+    in the middle of a file by returning other frames, and so old an FFmpeg should not see files from strangers.
+    """
+
+    def __init__(self, path: str | os.PathLike, num_threads: int = 0, max_bytes: int = MAX_BYTES) -> None:
+        try:
+            import decord
+        except ImportError as error:
+            raise ImportError("backend='decord' needs decord: pip install decord, or use backend='pyav'") from error
+        super().__init__(path, num_threads, max_bytes)
+        self._module, self._decord = decord, None
+        self._errors = (RuntimeError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError)
+        found = len(self._decoder())
+        if found != len(self):  # it counts hidden packets too (edit lists, VP8), and would be off by as many
+            raise VideoError(f"{self.path}: decord counts {found} frames where {len(self)} exist; use backend='pyav'")
+
+    def close(self) -> None:
+        """Free decord's decoder."""
+        self._decord = None
+
+    def _decoder(self):
+        if self._decord is None:
+            context = self._module.cpu(0)
+            try:  # fault_tol: raise, rather than return a neighbour, when more than this share of the frames fails
+                self._decord = self._module.VideoReader(self._file, context, num_threads=self._threads, fault_tol=1e-9)
+            except self._errors as error:
+                raise self._failure(error) from error
+        return self._decord
+
+    def _fill(self, out: np.ndarray, slots: dict[int, list[int]]) -> None:
+        decoder = self._decoder()
+        try:
+            for index, places in slots.items():
+                frame = decoder[index]  # [H, W, 3], a torch tensor where the caller set that bridge
+                image = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
+                if image.shape != out.shape[1:]:
+                    raise RuntimeError(f"it returned {list(image.shape)} for {list(out.shape[1:])}")
+                out[places] = image
+        except self._errors as error:
+            raise self._failure(error) from error
+        with suppress(*self._errors):
+            decoder.seek(0)  # or its thread decodes ahead and memory grows, dmlc/decord#208
+
+    def _failure(self, error: Exception) -> VideoError:
+        reason = re.sub(r"^\[[\d:]+\] ", "", (str(error).splitlines() or ["unknown reason"])[0])
+        return VideoError(f"{self.path}: decord cannot read it ({reason}); use backend='pyav'")
+
+
+BACKENDS = {"pyav": PyAVReader, "decord": DecordReader}
+
+
+def open_video(
+    path: str | os.PathLike, backend: str | None = None, num_threads: int = 0, max_bytes: int = MAX_BYTES
+) -> VideoReader:
+    """Open a local video file. `backend` is "pyav" or "decord", never replaced by another; None means "pyav".
+
+    Errors: VideoNotFoundError, VideoError (see `PyAVReader`), ImportError without the backend, ValueError for its name.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'pyav', 'decord' or None (pyav), got {backend!r}")
+    return BACKENDS[backend or "pyav"](path, num_threads, max_bytes)
+
+
+def read_video(
+    path: str | os.PathLike,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    max_frames: int | None = None,
+    backend: str | None = None,
+    num_threads: int = 0,
+    max_bytes: int = MAX_BYTES,
+) -> VideoClip:
+    """Sample a file: `num_frames` (`sample_uniform`), or `fps` frames a second (`sample_fps`, at most `max_frames`).
+
+    start, end  seconds; the frames on screen at both are included (`sample_range`). Errors are those of `open_video`,
+    `get_frames` and the sampling rule.
+    """
+    if (num_frames is None) == (fps is None):
+        raise ValueError(f"pass exactly one of num_frames and fps, got num_frames={num_frames} and fps={fps}")
+    reader = open_video(path, backend, num_threads, max_bytes)
+    try:
+        if fps is None:
+            first, last = sample_range(reader.timestamps, start, end)
+            indices = first + sample_uniform(num_frames, last - first + 1)  # [T]
+        else:
+            indices = sample_fps(fps, reader.timestamps, max_frames, start, end)  # [T]
+        return VideoClip(reader.get_frames(indices), reader.timestamps[indices], indices, reader.fps)
+    finally:
+        reader.close()
+
+
+def _local_file(path: str) -> str:
+    """The absolute path: FFmpeg takes no leading "concat:" or "http:" of it for a protocol."""
+    if not os.path.exists(path):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
+            raise VideoError(f"{path}: is a URL, and only local files are read; download it and pass the file's path")
+        raise VideoNotFoundError(f"{path}: there is no such file; check the path, relative ones start at {os.getcwd()}")
+    if not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "not a regular file"
+        raise VideoError(f"{path}: is {kind}; pass the path of one video file")
+    if not os.access(path, os.R_OK):
+        raise VideoError(f"{path}: may not be read by this user; change its permissions")
+    if os.path.getsize(path) == 0:
+        raise VideoError(f"{path}: is empty (0 bytes); download or copy it again")
+    return os.path.abspath(path)
+
+
+class _Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    end: int  # pts + duration
+    is_keyframe: bool
+    is_shown: bool
+
+
+def _scan(container, stream) -> tuple[list[_Packet], int]:
+    """All whole packets in file order, and the byte position of the one the file was cut in (-1: none)."""
+    packets, last, vp8 = [], None, stream.codec_context.name == "vp8"
+    with suppress(av.FFmpegError):  # a file cut short may end in an error
+        for packet in container.demux(stream):
+            if packet.size or packet.pts is not None:  # not PyAV's flush packet
+                hidden = not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10)
+                end = (packet.dts or 0 if packet.pts is None else packet.pts) + (packet.duration or 0)
+                packets.append(_Packet(packet.pts, packet.dts, end, packet.is_keyframe, not hidden))
+                last = packet
+    if last is not None and last.is_corrupt:
+        return packets[:-1], last.pos
+    return packets, -1
+
+
+def _frames(packets: Iterable, stream) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """(frame, is_damaged) in presentation order: patched, or built on frames that could not be decoded."""
+    broken = False  # a packet failed and no keyframe came since
+    with suppress(av.FFmpegError):  # the end of a file cut short
+        for packet in packets:
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                broken = True
+                continue
+            for frame in frames:
+                broken = broken and not frame.key_frame
+                yield frame, broken or frame.is_corrupt
+    with suppress(av.FFmpegError):
+        yield from ((frame, broken or frame.is_corrupt) for frame in stream.decode(None))
+
+
+def _declared_end(container, stream) -> float:
+    """Where the header says the video ends, in seconds on the file's own clock; 0.0 where it does not say."""
+    if stream.duration:
+        return ((stream.start_time or 0) + stream.duration) * float(stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
+    if tag:
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0

@@ -57,17 +57,31 @@ def output_shape(size: Sequence[int], kernel_size: Sequence[int], stride: Sequen
     return tuple((n - k) // s + 1 for n, k, s in zip(size, kernel_size, stride))
 
 
+def span(n: int, outputs: int) -> int:
+    """Most of n positions in one of `outputs` adaptive windows: exact where one divides the other, else a bound of it.
+
+    With the arguments swapped: most windows on one position.
+    """
+    if n % outputs == 0:
+        return n // outputs
+    # ceil((o+1)*n/O) - floor(o*n/O) is at most ceil(n/O) + 1.
+    return 1 if outputs % n == 0 else min(n, (n - 1) // outputs + 2)
+
+
 def largest_window(counts: Iterable[int], height: int, width: int, window: Window) -> Triple:
     """Patches along (T, H, W) of the largest window in clips of these frame counts; for output_size, a bound of it."""
     if window.kernel_size:
         return window.kernel_size
-
-    def span(n: int, outputs: int) -> int:
-        # ceil((o+1)*n/O) - floor(o*n/O) is n/O where O divides n, else at most ceil(n/O) + 1, and never more than n.
-        return n // outputs if n % outputs == 0 else min(n, (n - 1) // outputs + 2)
-
     frames, rows, columns = window.output_size
     return max(span(n, frames) for n in counts), span(height, rows), span(width, columns)
+
+
+def most_windows(counts: Iterable[int], height: int, width: int, window: Window) -> Triple:
+    """Windows along (T, H, W) that one patch lies in, at most."""
+    if window.kernel_size:
+        return tuple((k + s - 1) // s for k, s in zip(window.kernel_size, window.stride))
+    frames, rows, columns = window.output_size
+    return max(span(frames, n) for n in counts), span(rows, height), span(columns, width)
 
 
 def pooled_size(

@@ -106,12 +106,15 @@ void backward(const RelevanceArgs& a) {
   std::vector<Acc> norms;
   const std::vector<Acc> unit = unit_text(a, norms);  // [B, C]
   const std::vector<Block> blocks = make_blocks(a);
-  std::vector<double> sums(blocks.size()), clip_sums(a.batch), scale_sums(blocks.size());
-  for_each_block(blocks, [&](const Block& block, int64_t n) {
-    for (int64_t p = block.offset + block.begin; p < block.offset + block.end; ++p)
-      sums[n] += static_cast<double>(relevance[p]) * grad[p];
+  std::vector<Mean<Acc>> means(a.batch);  // of dr under r
+  at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
+    for (const Block& block : blocks) {
+      if (block.begin != 0 || block.batch < begin || block.batch >= end) continue;
+      const int64_t patches = a.clips[block.batch].frames * a.height * a.width;
+      means[block.batch] = Mean<Acc>(relevance + block.offset, grad + block.offset, patches);
+    }
   });
-  for (size_t n = 0; n < blocks.size(); ++n) clip_sums[blocks[n].batch] += sums[n];
+  std::vector<double> scale_sums(blocks.size());
 
   std::vector<Acc> text_sums(blocks.size() * a.channels);  // [blocks, C]: of dc^
   for_each_block(blocks, [&](const Block& block, int64_t n) {
@@ -121,10 +124,10 @@ void backward(const RelevanceArgs& a) {
       const T* row = static_cast<const T*>(a.image_embeds.data) + offset_of(a, a.image_embeds, block, p);
       const auto [dot, square] = dot_and_square(row, text, a.channels);
       const Acc norm = std::sqrt(square), cosine = dot / clamped(norm);
-      const double spread = grad[block.offset + p] - clip_sums[block.batch];
-      const Acc grad_logit = static_cast<Acc>(relevance[block.offset + p] * spread);
-      const Acc grad_cosine = static_cast<Acc>(a.scale) * grad_logit;
-      scale_sums[n] += static_cast<double>(grad_logit) * cosine;
+      const Acc spread = means[block.batch].from(grad[block.offset + p]);
+      const double grad_logit = static_cast<double>(relevance[block.offset + p]) * spread;
+      const Acc grad_cosine = static_cast<Acc>(a.scale * grad_logit);
+      scale_sums[n] += grad_logit * cosine;
       // A zero embedding gets no gradient.
       const Acc along_text = norm <= Acc(kEps) ? Acc(0) : grad_cosine / norm;
       const Acc along_row = -along_text * cosine / clamped(norm);

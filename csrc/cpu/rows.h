@@ -122,6 +122,28 @@ std::pair<Accumulator<T>, Accumulator<T>> dot_and_square(const T* row, const Acc
   return {dot, square};
 }
 
+// The mean of x under weights p, and x - mean. Where one p is almost 1 its x - mean is far smaller than x: a mean rounded
+// once would leave an error there that the temperature makes 100 times larger. So a second sum takes up the rounding.
+template <class Acc>
+class Mean {
+ public:
+  Mean() = default;
+  Mean(const Acc* p, const Acc* x, int64_t count) {
+    double sum = 0, total = 0, rest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      sum += static_cast<double>(p[i]) * x[i];
+      total += p[i];
+    }
+    mean_ = sum / total;
+    for (int64_t i = 0; i < count; ++i) rest += p[i] * (x[i] - mean_);
+    rest_ = rest / total;
+  }
+  Acc from(Acc x) const { return static_cast<Acc>((x - mean_) - rest_); }
+
+ private:
+  double mean_ = 0, rest_ = 0;
+};
+
 // Call `function(T{})` with the C++ type of `dtype`.
 template <class Function>
 void with_type(Dtype dtype, Function function) {

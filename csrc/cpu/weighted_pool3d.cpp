@@ -63,10 +63,11 @@ struct Patches {
       rows.push_back(values + a.values.offset(place.batch, frame, h, w));
       shares.push_back(weights ? weights[a.weights.offset(place.batch, frame, h, w)] : Accumulator<T>(0));
     });
-    Accumulator<T> largest = -std::numeric_limits<Accumulator<T>>::infinity(), sum = 0;
+    Accumulator<T> largest = -std::numeric_limits<Accumulator<T>>::infinity();
+    double sum = 0;
     for (const auto score : shares) largest = std::max(largest, score);
     for (auto& share : shares) sum += share = std::exp((share - largest) / static_cast<Accumulator<T>>(a.temperature));
-    for (auto& share : shares) share /= sum;
+    for (auto& share : shares) share /= static_cast<Accumulator<T>>(sum);
   }
 };
 
@@ -90,7 +91,8 @@ void forward(const PoolArgs& a) {
   });
 }
 
-// shares[o, i] = p[o, i];  grad_scores[o, i] = p[o, i] (g[o].v[i] - sum_j p[o, j] g[o].v[j]) / temperature
+// shares[o, i] = p[o, i];  grad_scores[o, i] = p[o, i] (g[o].v[i] - m[o]) / temperature,
+// m[o] = sum_j p[o, j] g[o].v[j]
 template <class T>
 void backward_windows(const PoolArgs& a) {
   using Acc = Accumulator<T>;
@@ -104,14 +106,13 @@ void backward_windows(const PoolArgs& a) {
       const Place place = place_of(a, window);
       patches.gather(a, place, 0);
       const int64_t count = patches.rows.size();
-      Acc mean = 0;
+      Mean<Acc> mean;
       dots.assign(count, 0);
       if (a.grad_scores) {
         load_row(grad.data(), static_cast<const T*>(a.grad) + window * a.channels, a.channels);
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0; i < count; ++i)
           dots[i] = dot_and_square(patches.rows[i], grad.data(), a.channels).first;
-          mean += patches.shares[i] * dots[i];
-        }
+        mean = Mean<Acc>(patches.shares.data(), dots.data(), count);
       }
       int64_t i = 0;
       for_each_patch(place, [&](int64_t t, int64_t h, int64_t w) {
@@ -119,7 +120,7 @@ void backward_windows(const PoolArgs& a) {
         const Acc share = patches.shares[i];
         static_cast<Acc*>(a.shares)[window * volume + inside] = share;
         if (a.grad_scores) {
-          const Acc grad_score = share * (dots[i] - mean) / static_cast<Acc>(a.temperature);
+          const Acc grad_score = share * mean.from(dots[i]) / static_cast<Acc>(a.temperature);
           static_cast<Acc*>(a.grad_scores)[window * volume + inside] = grad_score;
         }
         ++i;

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpp, reference, triton
+from . import cpp, reference
+from .triton import backend as triton
 
 BACKENDS = {"cpp": cpp, "triton": triton, "reference": reference}
 

@@ -1,0 +1,140 @@
+"""Time every op against the original, torch.compile of the original and torch.compile of the reference.
+
+    python -m benchmarks.kernels --quick
+    python -m benchmarks.kernels --shapes vicuna7b_video long_video --dtypes bf16 --ops prompt_guided_pool3d
+
+No result is timed before it is correct. Rows go to benchmarks/results/<device>/kernels.json, with a chart beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ppllava_kernels.backends import BACKENDS
+
+from . import chart, gate, report, timing
+from .isolation import Settings, isolated_rows, local_rows
+from .machine import machine_info, results_folder
+from .report import Row
+from .runner import Case
+from .shapes import CPU_SHAPES, DTYPES, FULL_SHAPES, OPS, SHAPES
+
+MAIN_SHAPE = "vicuna7b_video"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: those that matter for each shape")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that can run here")
+    parser.add_argument("--quick", action="store_true", help="one small shape in one dtype")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=1.5, metavar="S", help="seconds of timing for each direction")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start no case after this; says what it left out")
+    parser.add_argument("--no-isolation", action="store_true", help="in this process, which a bad variant can crash")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
+    return parser.parse_args(arguments)
+
+
+def plan(args: argparse.Namespace) -> list[Case]:
+    """What is asked for; by default what says most in a few minutes, on a GPU every shape in bf16."""
+    cuda = torch.device(args.device).type == "cuda"
+    if args.quick:
+        pairs = [(MAIN_SHAPE if cuda else "small_video", "bf16")]
+    elif cuda:
+        pairs = [*((name, "bf16") for name in FULL_SHAPES), (MAIN_SHAPE, "fp32"), (MAIN_SHAPE, "fp16")]
+    else:
+        pairs = [(name, dtype) for name in CPU_SHAPES for dtype in ("fp32", "bf16")]
+    if args.shapes or args.dtypes:
+        shapes = args.shapes or dict.fromkeys(name for name, _ in pairs)
+        dtypes = args.dtypes or dict.fromkeys(dtype for _, dtype in pairs)
+        pairs = [(name, dtype) for name in shapes for dtype in dtypes]
+    return [Case(op, SHAPES[name], dtype) for name, dtype in pairs for op in args.ops]
+
+
+@contextmanager
+def fresh_compile_cache() -> Iterator[None]:
+    """So that a first call compiles. Directories that are set already are kept."""
+    names = [name for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR") if name not in os.environ]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.update({name: os.path.join(folder, name) for name in names})
+        try:
+            yield
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+
+
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    save: Callable[[list[Row]], object],
+    isolated: bool = True,
+    time_limit: float | None = None,
+) -> list[Row]:
+    """Rows of the cases, saved as they come."""
+    rows: list[Row] = []
+    start = time.monotonic()
+    with report.progress() as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def enough(case: Case) -> bool:
+            progress.update(task, description=str(case))
+            return time.monotonic() - start > (time_limit or float("inf"))
+
+        for some in (isolated_rows if isolated else local_rows)(cases, settings, enough):
+            for row in some:
+                progress.console.print(row.line(), highlight=False, soft_wrap=True)
+            rows += some
+            save(rows)
+            progress.update(task, completed=len({row.case[:-1] for row in rows}))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    machine = machine_info(args.device, ["python", "-m", "benchmarks.kernels", *words])
+    cases, settings = plan(args), Settings(args.device, args.budget, args.backends)
+    path = (args.out or results_folder(machine)) / "kernels.json"
+
+    def save(rows: list[Row]) -> list[str]:
+        ran = {row.case[:-1] for row in rows}
+        left_out = [str(case) for case in cases if (case.op, case.shape.name, case.dtype) not in ran]
+        protocol = {
+            "gate": gate.RULE,
+            "times": "microseconds, 20th, 50th and 80th percentile; variants take turns; caches are cold",
+            "bytes": "each input read once, each output written once",
+            "copy_percent": f"of the bytes/s, read and written, of a {timing.COPY_BYTES[machine['type']]} byte copy",
+            "ratios": "time of the peer over time of the variant",
+            "first_call_s": "compilation included, caches empty; backward: with its forward",
+            "left_out": left_out,
+        }
+        report.write(path, "kernels", machine, protocol, [row.as_dict() for row in rows])
+        return left_out
+
+    with fresh_compile_cache():
+        rows = run(cases, settings, save, not args.no_isolation, args.time_limit)
+    left_out = save(rows)
+    console = report.console()
+    console.print(report.kernels_table(rows, machine))
+    for line in (f"wrote {path}", chart.draw(path), *(f"left out after --time-limit: {name}" for name in left_out)):
+        console.print(line, highlight=False, soft_wrap=True)
+    wrong = [row for row in rows if row.status == "wrong"]
+    for row in wrong:
+        console.print(f"WRONG: {row.line()}", style="bold red", highlight=False, soft_wrap=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What becomes of measurements: JSON files, tables on the terminal. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .timing import Timing
+
+ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE = "original", "compile(original)", "compile(reference)"
+PEERS = (ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE)
+
+
+@dataclass
+class Row:
+    """One variant of one op on one shape in one dtype and direction. Without times unless status is "ok"."""
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    variant: str  # a backend or a peer
+    bytes: int
+    flops: int
+    default: bool = False  # the backend that backend=None takes
+    status: str = "ok"  # or "wrong", "failed"
+    reason: str | None = None
+    us_p20: float | None = None
+    us_p50: float | None = None
+    us_p80: float | None = None
+    samples: int = 0
+    gb_s: float | None = None
+    copy_percent: float | None = None
+    read_percent: float | None = None  # of `sum()` over the inputs, on a CPU
+    ratios: dict[str, float] = field(default_factory=dict)  # peer -> its time over this time
+    first_call_s: float | None = None
+    extra_bytes: int | None = None
+    error: float | None = None
+    limit: float | None = None
+
+    @property
+    def case(self) -> tuple[str, str, str, str]:
+        return self.op, self.shape, self.dtype, self.direction
+
+    def fail(self, reason: str) -> None:
+        self.status, self.reason = "failed", reason
+
+    def wrong(self, reason: str) -> None:
+        self.status, self.reason = "wrong", reason
+
+    def set_timing(self, timing: Timing, rates: dict[str, float]) -> None:
+        """`rates`: bytes per second of "copy" and "read", where these were timed."""
+        self.us_p20, self.us_p50, self.us_p80 = (1e6 * t for t in (timing.p20, timing.p50, timing.p80))
+        self.samples = timing.samples
+        rate = self.bytes / timing.p50
+        self.gb_s = rate / 1e9
+        self.copy_percent = 100 * rate / rates["copy"] if "copy" in rates else None
+        self.read_percent = 100 * rate / rates["read"] if "read" in rates else None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: an infinite error becomes a string."""
+        numbers = asdict(self)
+        return {k: repr(v) if v == float("inf") else _short(v) for k, v in numbers.items()}
+
+    def line(self) -> str:
+        head = f"{self.op} {self.shape} {self.dtype} {self.direction} {self.variant}:"
+        if self.status != "ok":
+            return f"{head} {self.status}, {self.reason}"
+        return f"{head} {self.us_p50:,.1f} us, {show(self.copy_percent)} % of a copy"
+
+
+def set_ratios(rows: Iterable[Row]) -> None:
+    """Ratios among the rows of one case."""
+    timed = {row.variant: row for row in rows if row.status == "ok"}
+    for row in timed.values():
+        row.ratios = {peer: timed[peer].us_p50 / row.us_p50 for peer in PEERS if peer in timed}
+
+
+def _short(value: object) -> object:
+    """Floats with five digits; nobody measures more."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return {k: _short(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def show(number: float | None) -> str:
+    """Two digits below 10, none after the point above; "-" for what was not measured."""
+    if number is None:
+        return "-"
+    return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
+
+
+def write(path: Path, kind: str, machine: dict, protocol: dict, rows: Sequence[dict]) -> Path:
+    """One JSON file of results; every row on a line of its own, so that a diff shows what moved."""
+    head = {"kind": kind, "machine": machine, "protocol": protocol}
+    lines = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    return path
+
+
+def read(path: Path, kind: str) -> dict:
+    result = json.loads(path.read_text())
+    if result.get("kind") != kind:
+        raise ValueError(f"{path} must hold results of kind {kind!r}, got {result.get('kind')!r}")
+    return result
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=230)
+
+
+def progress() -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console(), transient=True)
+
+
+def machine_line(machine: dict) -> str:
+    """Device, versions, commit and date, for people."""
+    versions = [f"torch {machine['torch']}", f"Python {machine['python']}"]
+    if machine.get("triton"):
+        versions.insert(1, f"triton {machine['triton']}")
+    commit = "unknown" if machine["commit"] is None else machine["commit"] + (" + changes" if machine["dirty"] else "")
+    where = machine["device"] if machine["type"] == "cuda" else f"{machine['device']}, {machine['cores']} cores"
+    return f"{where}; {', '.join(versions)}; commit {commit}; {machine['date']}"
+
+
+def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
+    from rich.table import Table
+
+    table = Table(title=machine_line(machine), title_justify="left")
+    for name in ("op", "shape", "dtype", "direction", "variant"):
+        table.add_column(name, no_wrap=True)
+    for name in ("us", "p20-p80", "GB/s", "% copy", *(f"x {peer}" for peer in PEERS), "first s", "extra MB", "error"):
+        table.add_column(name, justify="right")
+    for row, following in zip(rows, [*rows[1:], None]):
+        name = f"[bold]{row.variant}[/bold]" if row.default else row.variant
+        error = "-" if row.error is None else f"{row.error:.0e}"
+        numbers = [
+            show(row.us_p50),
+            f"{show(row.us_p20)}-{show(row.us_p80)}",
+            show(row.gb_s),
+            show(row.copy_percent),
+            *(show(row.ratios.get(peer)) for peer in PEERS),
+            show(row.first_call_s),
+            show(None if row.extra_bytes is None else row.extra_bytes / 1e6),
+        ]
+        if row.status != "ok":
+            numbers = [f"[red]{row.status}[/red]", *["-"] * (len(numbers) - 1)]
+        table.add_row(*row.case, name, *numbers, error, end_section=following is None or following.case != row.case)
+    return table

@@ -1,0 +1,144 @@
+"""Write every block of README.md and docs/*.md that holds measured numbers, from benchmarks/results/<device>/*.json.
+
+    python -m benchmarks.table           # after a benchmark
+    python -m benchmarks.table --check   # exit code 1, and the file's name, where a block is not what it would write
+
+A block stands between <!-- begin: NAME --> and <!-- end: NAME -->; BLOCKS has a function for each NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import report
+from .report import PEERS, show
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
+# What the README shows of a full run; a device that measured none of them is shown whole.
+SHOWN = {
+    "shape": ("vicuna7b_video", "vicuna7b_8frames", "vicuna7b_image", "qwen2_7b_video", "long_video", "batch4_ragged"),
+    "dtype": ("bf16", "fp32"),
+}
+
+
+def kernels_block(results: Path) -> str:
+    """A table for each device that has a kernels.json; GPUs first."""
+    found = [report.read(path, "kernels") for path in sorted(results.glob("*/kernels.json"))]
+    found.sort(key=lambda result: result["machine"]["type"] != "cuda")
+    parts = [kernels_device(result) for result in found]
+    for kind, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")):
+        if not any(result["machine"]["type"] == kind for result in found):
+            parts.append(f"**{name}**: not measured yet.")
+    return "\n\n".join(parts)
+
+
+def kernels_device(result: dict) -> str:
+    machine, rows = result["machine"], result["rows"]
+    cuda = machine["type"] == "cuda"
+    chosen = [row for row in rows if row["default"]]
+    for key, names in SHOWN.items():
+        chosen = [row for row in chosen if row[key] in names] or chosen
+    cases: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in chosen:
+        cases.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["direction"]] = row
+    head = [
+        "op",
+        "shape",
+        "dtype",
+        "backend",
+        *(["us"] if cuda else []),
+        *(f"x {_code(p)}" for p in PEERS),
+        "% of a copy",
+    ]
+    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    for (op, shape, dtype), both in cases.items():
+        cells = [*([_pair(both, lambda row: row["us_p50"])] if cuda else [])]
+        cells += [_pair(both, lambda row, peer=peer: row["ratios"].get(peer)) for peer in PEERS]
+        cells.append(_pair(both, lambda row: row["copy_percent"]))
+        lines.append([f"`{op}`", f"`{shape}`", dtype, next(iter(both.values()))["variant"], *cells])
+    left_out = result["protocol"]["left_out"]
+    note = [
+        "Forward / backward. x: how many times faster than the peer, below 1 is slower; "
+        "both timed in turns in one run, after the result was checked.",
+        *(["More than 100 %: most bytes are read, and a CPU reads faster than it copies."] if not cuda else []),
+        *([f"Left out for lack of time: {', '.join(left_out)}."] if left_out else []),
+    ]
+    troubles: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok" and (row["op"], row["shape"], row["dtype"]) in cases:
+            trouble = f"{_code(row['variant'])} {row['status']} ({row['reason']})"
+            troubles.setdefault(trouble, []).append(
+                f"`{row['op']}` {row['direction']} on `{row['shape']}` {row['dtype']}"
+            )
+    note += [f"{trouble}: {', '.join(places)}." for trouble, places in troubles.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    source = f"`{machine['command']}`; {report.machine_line(machine)}"
+    return "\n\n".join((f"**{machine['device']}**", table, " ".join(note), source))
+
+
+def _pair(both: dict[str, dict], number: Callable[[dict], float | None]) -> str:
+    """Forward and backward in one cell; a variant without times says why instead."""
+    cells = []
+    for direction in ("forward", "backward"):
+        row = both.get(direction)
+        ok = row is not None and row["status"] == "ok"
+        cells.append(show(number(row)) if ok else "-" if row is None else row["status"])
+    return " / ".join(cells)
+
+
+def _code(peer: str) -> str:
+    return peer if "(" not in peer else "`torch.compile` of the " + peer.partition("(")[2].removesuffix(")")
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"kernels": kernels_block}
+
+
+def render(text: str, results: Path, source: str) -> str:
+    """`text` with all its blocks written anew."""
+    for word in ("begin", "end"):
+        marks = re.findall(rf"<!-- {word}: ([\w-]+) -->", text)
+        if marks != [match["name"] for match in BLOCK.finditer(text)]:
+            raise ValueError(
+                f"{source}: every block needs <!-- begin: NAME --> on a line and <!-- end: NAME --> after it"
+            )
+
+    def block(match: re.Match) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(
+                f"{source}: block {name!r} must be one of {', '.join(BLOCKS)}; add it to benchmarks/table.py"
+            )
+        return f"<!-- begin: {name} -->\n{BLOCKS[name](results)}\n<!-- end: {name} -->"
+
+    return BLOCK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md, docs and benchmarks/results")
+    args = parser.parse_args(arguments)
+    stale = 0
+    for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
+        if not path.exists():
+            continue
+        before = path.read_text()
+        after = render(before, args.root / "benchmarks" / "results", path.name)
+        if before == after:
+            continue
+        stale += 1
+        if args.check:
+            print(f"{path} differs from the results; run python -m benchmarks.table", file=sys.stderr)
+        else:
+            path.write_text(after)
+            print(f"wrote {path}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

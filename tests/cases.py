@@ -1,0 +1,195 @@
+"""One generator of inputs for every kind of test: named edge shapes, dtypes and layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from close import assert_close, nudged
+
+import ppllava_kernels
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    size: tuple[int, ...]  # (B, T, H, W), or (F, H, W) with cu_frames
+    channels: tuple[int, int] = (24, 40)  # C, D
+    window: dict = field(default_factory=lambda: dict(kernel_size=(2, 3, 3)))
+    cu_frames: tuple[int, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.size[0] if self.cu_frames is None else len(self.cu_frames) - 1
+
+
+CASES = {
+    "divisible": Case((2, 4, 3, 6)),
+    "leftover": Case((1, 5, 4, 7)),
+    "overlap": Case((1, 3, 3, 5), window=dict(kernel_size=(2, 2, 3), stride=(1, 1, 2))),
+    "gaps": Case((1, 3, 5, 6), window=dict(kernel_size=(1, 2, 2), stride=(2, 3, 3))),
+    "image": Case((2, 1, 3, 6), window=dict(kernel_size=(1, 3, 3))),
+    "global": Case((2, 2, 3, 4), window=dict(kernel_size=(2, 3, 4), stride=1)),
+    "single": Case((1, 1, 1, 1), (1, 1), window=dict(kernel_size=1)),
+    "identity": Case((1, 2, 2, 3), window=dict(kernel_size=1)),
+    "adaptive": Case((2, 4, 2, 3), window=dict(output_size=(2, 1, 3))),
+    "adaptive_overlap": Case((1, 5, 2, 3), window=dict(output_size=(2, 2, 2))),
+    "adaptive_up": Case((1, 2, 2, 3), window=dict(output_size=(3, 4, 1))),
+    "adaptive_large": Case((1, 5, 4, 4), window=dict(output_size=1)),
+    "ragged": Case((9, 3, 4), cu_frames=(0, 2, 5, 9), window=dict(kernel_size=(2, 3, 2))),
+    "ragged_one_frame": Case((4, 2, 3), cu_frames=(0, 1, 4), window=dict(kernel_size=(1, 2, 1), stride=(2, 1, 2))),
+    "ragged_adaptive": Case((9, 3, 2), cu_frames=(0, 1, 8, 9), window=dict(output_size=(3, 2, 2))),
+    "odd_channels": Case((1, 2, 3, 3), (33, 77)),
+    "many_channels": Case((1, 2, 3, 3), (300, 1100)),
+}
+
+# dtypes of values, image_embeds, text_embeds and weights
+DTYPES = {
+    "fp32": (F32, F32, F32, F32),
+    "fp16": (F16, F16, F16, F32),
+    "bf16": (BF16, BF16, BF16, F32),
+    "mixed": (BF16, F32, F16, BF16),
+    "fp64": (F64, F64, F64, F64),
+}
+
+
+def contiguous(x):
+    return x
+
+
+def permuted(x):
+    """Frames innermost but for the channels, as after a transpose."""
+    axes = list(range(x.dim()))
+    moved = [*axes[1:-1], axes[0], axes[-1]]
+    return x.permute(moved).contiguous().permute([moved.index(n) for n in axes])
+
+
+def sliced(x):
+    """A view into a larger buffer with an odd offset: rows are not aligned, neighbours are NaN."""
+    buffer = x.new_full([n + 2 for n in x.shape], torch.nan)
+    view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def expanded(x):
+    """One video for the whole batch, without a copy: batch stride 0."""
+    return x[:1].expand(x.shape)
+
+
+LAYOUTS = dict(contiguous=contiguous, permuted=permuted, sliced=sliced, expanded=expanded)
+
+
+def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, torch.Tensor]:
+    """values, image_embeds, text_embeds, weights and logit_scale on the CPU; the guidance of a real video's strength."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=F64, generator=generator)
+
+    c, d = case.channels
+    weights = normal(*case.size).flatten(1).softmax(1).view(case.size)
+    tensors = dict(
+        values=normal(*case.size, d),
+        image_embeds=normal(*case.size, c),
+        text_embeds=normal(case.batch, c),
+        weights=weights,
+    )
+    tensors = {name: x.to(dtype) for (name, x), dtype in zip(tensors.items(), dtypes)}
+    return tensors | {"logit_scale": torch.tensor(5.0, dtype=torch.promote_types(dtypes[1], F32))}
+
+
+def cu_frames_of(case: Case) -> torch.Tensor | None:
+    return None if case.cu_frames is None else torch.tensor(case.cu_frames, dtype=torch.int32)
+
+
+RUNS = 8  # of eager PyTorch and of nudged inputs: enough that their largest error is no matter of luck
+
+OPS = {
+    "prompt_relevance": ("image_embeds", "text_embeds", "logit_scale"),
+    "weighted_pool3d": ("values", "weights"),
+    "prompt_guided_pool3d": ("values", "image_embeds", "text_embeds", "logit_scale"),
+}
+
+
+def run(op: str, case: Case, tensors: dict, backend: str | None = None, directions=None, seed=0, **options) -> dict:
+    """Outputs of an op and, for a fixed random loss, the gradients of all its inputs.
+
+    directions: order of the channels of the loss, where the channels of values were reordered.
+    seed: where it is not 0 the loss is also scaled for backward and its gradients are scaled back.
+    """
+    inputs = {name: tensors[name].detach().requires_grad_() for name in OPS[op] if tensors[name] is not None}
+    arguments = {name: inputs.get(name) for name in OPS[op]}
+    if op != "prompt_relevance":
+        options |= case.window
+    if op == "prompt_guided_pool3d":
+        options |= dict(return_relevance=True)
+    result = getattr(ppllava_kernels, op)(**arguments, cu_frames=cu_frames_of(case), backend=backend, **options)
+    outputs = dict(zip(("output", "relevance"), result if isinstance(result, tuple) else (result,)))
+    high = all(out.dtype in (F32, F64) for out in outputs.values())
+    factor = 1 + seed / 10 if high else 1  # in low precision the scaled loss would be another one
+    loss = 0
+    for n, out in enumerate(outputs.values()):
+        generator = torch.Generator().manual_seed(n)
+        direction = torch.randn(out.shape, generator=generator).to(BF16)  # the same numbers in every dtype
+        if directions is not None and op != "prompt_relevance" and n == 0:
+            direction = direction[..., directions]
+        loss = loss + (out * (factor * direction.to(out))).sum()
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    grads = {f"grad of {k}": g if factor == 1 else g.double() / factor for k, g in zip(inputs, grads)}
+    return {k: v.detach() for k, v in outputs.items()} | grads
+
+
+def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=contiguous, **options) -> None:
+    """Values and gradients of an op on a backend, by the one tolerance rule."""
+    backend, device = place
+    tensors = {name: x if x is None or name == "logit_scale" else layout(x) for name, x in tensors.items()}
+    there = {name: x if x is None else layout_preserving_copy(x, device) for name, x in tensors.items()}
+    actual = run(op, case, there, backend, **options)
+    exact = run(op, case, cast(tensors, F64), "reference", **options)
+    if tensors[OPS[op][0]].dtype == F64:
+        # Nothing is more exact than float64: eager's error there is taken to be float32's, scaled by the two eps, and
+        # counted twice, because `exact` has it, too.
+        single, ratio = cast(tensors, F32), 2 * torch.finfo(F64).eps / torch.finfo(F32).eps
+        exact32 = run(op, case, cast(single, F64), "reference", **options)
+        eager = [
+            {name: exact[name] + ratio * (x.double() - exact32[name]) for name, x in outputs.items()}
+            for outputs in eager_runs(op, case, single, **options)
+        ]
+    else:
+        eager = eager_runs(op, case, tensors, **options)
+    moved = [
+        run(op, case, {k: x if x is None else nudged(x, seed) for k, x in tensors.items()}, "reference", **options)
+        for seed in range(RUNS)
+    ]
+    for name in exact:
+        others = [outputs[name] for outputs in (*eager, *moved)]
+        assert_close(f"{op} {backend} {name}", actual[name], others, exact[name])
+
+
+def eager_runs(op: str, case: Case, tensors: dict, **options) -> list[dict]:
+    """The reference on the same inputs with their channels in several orders and the loss in several scales.
+
+    Both change nothing but roundings, so that together they show eager's error without its luck.
+    """
+    results = []
+    for seed in range(RUNS):
+        generator = torch.Generator().manual_seed(seed)
+        c, d = (torch.randperm(n, generator=generator) if seed else torch.arange(n) for n in case.channels)
+        order = dict(image_embeds=c, text_embeds=c, values=d)
+        shuffled = {k: x[..., order[k]] if k in order and x is not None else x for k, x in tensors.items()}
+        outputs = run(op, case, shuffled, "reference", directions=d, seed=seed, **options)
+        back = {f"grad of {k}": index.argsort() for k, index in order.items()} | {"output": d.argsort()}
+        if op == "prompt_relevance":
+            del back["output"]
+        results.append({k: x[..., back[k]] if k in back else x for k, x in outputs.items()})
+    return results
+
+
+def cast(tensors: dict, dtype: torch.dtype) -> dict:
+    return {name: x if x is None else x.to(dtype) for name, x in tensors.items()}
+
+
+def layout_preserving_copy(x, device):
+    return x if device == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)

@@ -1,0 +1,103 @@
+"""Compile every Triton kernel for GPUs that are not here, with the arguments of real calls; print one JSON line each.
+
+Run by test_triton_compile.py in a process of its own, since TRITON_INTERPRET must be unset when a kernel is defined.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ppllava_kernels.backends.triton import backend, common
+from ppllava_kernels.shapes import make_window
+
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+
+
+def describe(kernel, arguments):
+    """signature, constants and attributes, as Triton's own launcher derives them from arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for n, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(n,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif type(value) is int:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(n,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return signature, constants, attributes
+
+
+def resources(cubin: bytes) -> dict:
+    """Registers and bytes of stack, where spilled registers go, that the compiled kernel asks for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    usage = {name: int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK", "LOCAL")}
+    return dict(registers=usage["REG"], stack=usage["STACK"] + usage["LOCAL"])
+
+
+def calls(dtype):
+    """Every op, forward and backward, at the sizes of the 7B model; on the CPU, since nothing is run."""
+    d, c = 4096, 768
+    for cu_frames in (None, torch.tensor([0, 2, 6], dtype=torch.int32)):
+        lead = (1, 4) if cu_frames is None else (6,)
+        batch = 1 if cu_frames is None else 2
+        values = torch.empty(*lead, 24, 24, d, dtype=dtype)
+        image = torch.empty(*lead, 24, 24, c, dtype=dtype)
+        text, scale = torch.empty(batch, c, dtype=dtype), torch.empty(())
+        weights = torch.empty(values.shape[:-1])
+        backend.prompt_relevance(image, text, scale, 1.0, cu_frames)
+        backend.prompt_relevance_backward(weights, weights, image, text, scale, 1.0, cu_frames)
+        for window in (make_window((2, 3, 3)), make_window((2, 3, 3), (1, 2, 2)), make_window(None, None, (2, 7, 8))):
+            pooled = backend.weighted_pool3d(values, weights, window, 0.01, cu_frames)
+            backend.weighted_pool3d(values, None, window, 0.01, cu_frames)
+            backend.prompt_guided_pool3d(values, image, text, scale, 1.0, window, 0.01, cu_frames)
+            backend.weighted_pool3d_backward(pooled, values, weights, window, 0.01, cu_frames, True, True)
+            backend.weighted_pool3d_backward(pooled, values, None, window, 0.01, cu_frames, True, False)
+
+
+def main(arch: int, dtype: str) -> None:
+    seen = set()
+
+    def compile_only(kernel, grid, device, arguments, warps=common.CONFIG.warps):
+        signature, constants, attributes = describe(kernel, arguments)
+        key = repr((kernel.__name__, signature, constants, attributes))
+        if key in seen:
+            return
+        seen.add(key)
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "enable_fp_fusion": True})
+        row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, **resources(compiled.asm["cubin"]))
+        print(json.dumps(row | {k: v for k, v in constants.items() if k.isupper()}), flush=True)
+
+    from ppllava_kernels.backends.triton import prompt_relevance, weighted_pool3d
+
+    prompt_relevance.launch = weighted_pool3d.launch = compile_only
+    calls(getattr(torch, dtype))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,58 @@
+"""Backends on devices, as parameters of every op test, and the settings that all tests run under."""
+
+import os
+
+# Before torch starts its threads: several test processes share the cores, and idle threads must not spin on them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
+# With warn_only every uninitialised tensor, at::empty in C++ included, is filled with NaN: a kernel that leaves an
+# element out cannot pass.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutate", help="run with a wrong reference of this name; see mutations.py")
+
+
+def pytest_configure(config):
+    if config.getoption("--mutate"):
+        from mutations import mutate
+
+        mutate(config.getoption("--mutate"))
+
+
+def pytest_report_header(config):
+    if not GPU:
+        return "no CUDA GPU: Triton runs in its interpreter, tests marked gpu are left out; `make gpu` runs them"
+    return f"GPU: {torch.cuda.get_device_name()}; Triton's interpreter is left out, it runs where there is no GPU"
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs_here(item):
+        marked = item.get_closest_marker("gpu") is not None
+        interpreted = item.get_closest_marker("interpreter") is not None
+        return (GPU or not marked) and not (GPU and interpreted)
+
+    kept = [item for item in items if runs_here(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = kept
+
+
+PLACES = [
+    pytest.param(("cpp", "cpu"), id="cpp"),
+    pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpreter),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request):
+    """(backend, device) of every kernel that can run here."""
+    return request.param

@@ -1,0 +1,400 @@
+"""The benchmark harness: its baselines are the original, its statistics are right, and no wrong result gets a time."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import close
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import ppllava_kernels
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
+from benchmarks import baselines, gate, isolation, kernels, machine, report, runner, shapes, table, timing
+
+POOL3D = Path(__file__).parent / "golden" / "pool3d"
+META = json.loads((POOL3D / "meta.json").read_text())
+TINY = [name for name in shapes.SHAPES if name.startswith("tiny_")]
+
+
+@pytest.fixture
+def eager_peers(monkeypatch):
+    """No torch.compile, which takes seconds for each peer."""
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The shapes are tiny, and threads that wait for each other on a busy machine take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- baselines
+
+
+# Without outsize_kernel: 4 windows fit there where 3 are asked for, and the original's view cuts across windows.
+@pytest.mark.parametrize("name", [name for name in META["cases"] if name != "outsize_kernel"])
+def test_original_pool3d_is_the_original(name):
+    inputs, outputs = (load_file(POOL3D / f"{kind}.safetensors") for kind in ("inputs", "outputs"))
+    case, compared = META["cases"][name], 0
+    kernel_size, stride = (tuple(case["resolved"][key]) for key in ("kernel", "stride"))
+    for key, call in case["outputs"].items():
+        if "error" in call or "dtype" in call:
+            continue
+        weights = None if call["weights"] == "none" else inputs[f"{name}/weights_{call['weights']}"]
+        actual = baselines.original_pool3d(inputs[f"{name}/input"], weights, kernel_size, stride, call["temperature"])
+        torch.testing.assert_close(actual, outputs[key], rtol=0, atol=1e-6)
+        compared += 1
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("op", shapes.OPS)
+@pytest.mark.parametrize("name", ["tiny_video", "tiny_image", "tiny_ragged"])
+def test_peers_compute_the_op(op, name):
+    shape = shapes.SHAPES[name]
+    inputs = shapes.make_inputs(shape, torch.float32)
+    case = runner.Case(op, shape, "fp32")
+    tensors = [x.double() for x in inputs.of(op)]
+    expected = runner.backend_function(case, inputs, "reference")(*tensors)
+    for peer in (baselines.original, baselines.plain_reference):
+        torch.testing.assert_close(peer(op, shape)(*tensors), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_original_refuses_windows_that_are_not_ours():
+    with pytest.raises(ValueError, match="the original has other windows"):
+        baselines.original_window((5, 7, 6), None, (2, 3, 3))
+    assert baselines.original_window((256, 24, 24), None, (16, 8, 8)) == ((16, 3, 3), (16, 3, 3))
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_shape_is_valid(name):
+    shape = shapes.SHAPES[name]
+    assert all(min(size) >= 1 for size in shape.pooled_sizes)
+    assert 0 < shape.pooled_tokens <= shape.covered_tokens <= shape.tokens
+    for op in shapes.OPS:
+        for direction in shapes.DIRECTIONS:
+            assert shapes.flops(op, shape, direction) > 0
+            assert shapes.moved_bytes(op, shape, torch.bfloat16, direction) > 0
+
+
+def test_bytes_of_the_main_shape():
+    """The numbers of the design, in MB: values 151, embeddings 28, pooled 8.4."""
+    shape = shapes.SHAPES["vicuna7b_video"]
+    pool, guided = (
+        shapes.moved_bytes(op, shape, torch.bfloat16, "forward") / 1e6
+        for op in ("weighted_pool3d", "prompt_guided_pool3d")
+    )
+    assert pool == pytest.approx(151 + 8.4, abs=0.2)
+    assert guided == pytest.approx(151 + 28.3 + 8.4, abs=0.2)
+    assert shape.pooled_tokens == 1024
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_inputs_are_valid_and_guide(name):
+    shape = shapes.SHAPES[name]
+    inputs = shapes.make_inputs(shape, torch.float32)
+    for op in shapes.OPS:
+        window = {} if op == "prompt_relevance" else shape.window
+        output = getattr(ppllava_kernels, op)(*inputs.of(op), **window, cu_frames=inputs.cu_frames)
+        assert output.shape == shape.output_shape(op)
+    relevance = ppllava_kernels.prompt_relevance(*inputs.of("prompt_relevance"), cu_frames=inputs.cu_frames)
+    torch.testing.assert_close(relevance, inputs.weights, rtol=1e-3, atol=1e-6)
+    pooled, plain = (
+        ppllava_kernels.weighted_pool3d(inputs.values, w, **shape.window, cu_frames=inputs.cu_frames)
+        for w in (relevance, None)
+    )
+    assert (pooled - plain).norm() / plain.norm() > 0.05
+
+
+def test_cosines_spread_like_those_of_clip():
+    inputs = shapes.make_inputs(shapes.SHAPES["small_video"], torch.float32)
+    cosine = torch.cosine_similarity(inputs.image_embeds, inputs.text_embeds[0], dim=-1)
+    assert cosine.mean().item() == pytest.approx(0.2, abs=0.005)
+    assert cosine.std().item() == pytest.approx(0.02, abs=0.002)
+
+
+# ---- timing
+
+
+class FakeClock:
+    """Every variant takes the seconds of its name; each call is written down."""
+
+    def __init__(self, seconds, overhead=0.0):
+        self.seconds, self.overhead, self.time, self.order = seconds, overhead, 0.0, []
+
+    def sample(self, variant):
+        variant.run(variant.prepare())
+        self.order.append(variant.name)
+        taken = self.seconds[variant.name]
+        self.time += taken + self.overhead
+        return lambda: taken
+
+    def wait(self):
+        pass
+
+    def now(self):
+        return self.time
+
+
+def test_variants_take_turns():
+    clock = FakeClock({"a": 0.1, "b": 0.2, "c": 0.3})
+    variants = [timing.Variant(name, lambda _: None) for name in clock.seconds]
+    timings, failed = timing.measure(variants, clock, budget_s=0, min_rounds=3)
+    assert "".join(clock.order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert failed == {}
+    assert {name: t.p50 for name, t in timings.items()} == clock.seconds
+    assert all(t.samples == 3 for t in timings.values())
+
+
+def test_fast_variants_get_more_calls_and_the_budget_ends_it():
+    clock = FakeClock({"fast": 0.006, "slow": 0.5})
+    variants = [timing.Variant(name, lambda _: None) for name in clock.seconds]
+    timings, _ = timing.measure(variants, clock, budget_s=5, min_rounds=2)
+    assert timings["fast"].samples == 3 * timings["slow"].samples
+    assert timings["slow"].samples == 10
+
+
+def test_a_variant_that_fails_leaves_the_others():
+    calls = []
+
+    def fail_later(_):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("broke\nhere")
+
+    clock = FakeClock({"bad": 0.1, "good": 0.1})
+    variants = [timing.Variant("bad", fail_later), timing.Variant("good", lambda _: None)]
+    timings, failed = timing.measure(variants, clock, budget_s=0)
+    assert failed == {"bad": "RuntimeError: broke"}
+    assert list(timings) == ["good"]
+
+
+def test_percentiles():
+    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
+    assert timing.Timing.of([float(n) for n in range(11)]) == timing.Timing(2.0, 5.0, 8.0, 11)
+
+
+def test_preparation_is_not_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock = timing.HostClock(cache_bytes=1)
+
+    def takes(seconds):
+        now[0] += seconds
+        return seconds
+
+    assert clock.sample(timing.Variant("x", lambda _: takes(2), lambda: takes(5)))() == 2
+
+
+def test_peak_extra_memory_on_the_cpu():
+    x = torch.ones(1 << 18)  # 1 MiB
+    for run, expected in ((lambda _: x * 2, 1), (lambda _: (x * 2 + 1).sum(), 2)):
+        assert timing.peak_extra_bytes(timing.Variant("x", run), "cpu") / x.nbytes == pytest.approx(expected, abs=0.01)
+
+
+# ---- gate
+
+
+def test_gate_is_the_rule_of_the_tests():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(100, dtype=torch.float64, generator=generator)
+    eager, moved = exact.float() * (1 + 1e-6), [exact * (1 + 2e-7)]
+    for factor in (1e-7, 1.9e-6, 2.3e-6, 1e-4):
+        actual = exact.float() * (1 + factor)
+        unavoidable = [max(gate.relative_errors([eager, *moved], [exact, exact]))]
+        verdict = gate.judge(gate.relative_errors([actual], [exact]), unavoidable, [eager.dtype])
+        try:
+            close.assert_close("x", actual, [eager, *moved], exact)
+            expected = True
+        except AssertionError:
+            expected = False
+        assert verdict.passed == expected
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[:1], lambda x: x * torch.inf])
+def test_gate_rejects(spoil):
+    exact = torch.ones(2, 3, dtype=torch.float64)
+    assert not gate.judge(gate.relative_errors([spoil(exact.float())], [exact]), [0.0], [torch.float32]).passed
+
+
+def drop_one_patch(function):
+    """The op without the first patch of its first window."""
+
+    def mutated(values, weights, **options):
+        mask = torch.zeros_like(weights)
+        mask.view(-1)[0] = -torch.inf
+        return function(values, weights + mask, **options)
+
+    return mutated
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_op_gets_no_time_and_fails_the_command(
+    dtype, eager_peers, small_ceilings, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(ppllava_kernels, "weighted_pool3d", drop_one_patch(ppllava_kernels.weighted_pool3d))
+    code = quick(tmp_path, "--ops", "weighted_pool3d", "--dtypes", dtype, "--backends", "reference")
+    rows = {
+        (row["direction"], row["variant"]): row for row in json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    }
+    assert code == 1
+    assert "WRONG" in capsys.readouterr().out
+    for direction in shapes.DIRECTIONS:
+        row = rows[direction, "reference"]
+        assert row["status"] == "wrong"
+        assert row["us_p50"] is None
+        assert rows[direction, report.ORIGINAL]["status"] == "ok"
+
+
+# ---- the command
+
+
+def quick(folder, *arguments):
+    fixed = ["--device", "cpu", "--no-isolation", "--budget", "0", "--out", str(folder)]
+    return kernels.main([*fixed, "--shapes", "tiny_video", *arguments])
+
+
+@pytest.fixture
+def small_ceilings(monkeypatch):
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 1 << 20)
+
+
+def test_the_command_writes_json_and_chart_that_agree(eager_peers, small_ceilings, tmp_path, capsys):
+    assert quick(tmp_path, "--dtypes", "bf16") == 0
+    result = report.read(tmp_path / "kernels.json", "kernels")
+    rows = result["rows"]
+    backends = [*ppllava_kernels.compatible_backends(torch.ones(1))]
+    timed = [name for name in backends if name != "triton"]  # on a CPU its interpreter, which is never timed
+    assert {row["variant"] for row in rows} == {*timed, *report.PEERS}
+    assert len(rows) == len(shapes.OPS) * 2 * (len(timed) + 3)
+    assert [row for row in rows if row["status"] != "ok"] == []
+    for row in rows:
+        assert 0 < row["us_p20"] <= row["us_p50"] <= row["us_p80"]
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["us_p50"] / 1e3, rel=1e-3)
+        assert row["ratios"].get(row["variant"], 1) == 1
+        assert row["default"] == (row["variant"] == timed[0])
+    assert result["machine"]["command"].startswith("python -m benchmarks.kernels --device cpu")
+    digest = hashlib.sha256((tmp_path / "kernels.json").read_bytes()).hexdigest()
+    with Image.open(tmp_path / "kernels.png") as image:
+        assert image.info["Source"].endswith(digest)
+    assert "prompt_guided_pool3d" in capsys.readouterr().out
+
+
+def test_a_backend_that_cannot_run_is_a_row_with_the_reason(eager_peers, small_ceilings, monkeypatch, tmp_path):
+    monkeypatch.setattr(ppllava_kernels.backends.cpp, "_missing", "there is no compiler")
+    assert quick(tmp_path, "--ops", "prompt_relevance", "--dtypes", "fp32", "--backends", "cpp") == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["reason"] for row in rows if row["variant"] == "cpp"} == {
+        "ValueError: backend='cpp' cannot run: there is no compiler"
+    }
+
+
+def test_the_time_limit_names_what_it_leaves_out(eager_peers, small_ceilings, tmp_path):
+    assert quick(tmp_path, "--dtypes", "fp32", "--time-limit", "1e-9") == 0
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert result["protocol"]["left_out"] == [f"{op} tiny_video fp32" for op in shapes.OPS]
+
+
+def test_blame_leaves_out_more_at_each_crash():
+    crashed = {}
+    isolation.blame("forward", "cpp", "SIGABRT", crashed)
+    assert list(crashed) == [("forward", "cpp")]
+    isolation.blame("forward", runner.TIMING, "SIGABRT", crashed)
+    assert {name for _, name in crashed} == {"cpp", report.COMPILED_ORIGINAL, report.COMPILED_REFERENCE}
+    isolation.blame("forward", runner.TIMING, "SIGABRT", crashed)
+    assert {name for _, name in crashed} >= {"cpp", "reference", *report.PEERS}
+    with pytest.raises(RuntimeError, match="crashes even without"):
+        isolation.blame("forward", runner.TIMING, "SIGABRT", crashed)
+
+
+def test_a_crash_costs_one_row(monkeypatch):
+    """Isolation without the process: a worker that dies at one variant."""
+    case = runner.Case("weighted_pool3d", shapes.SHAPES["tiny_video"], "fp32")
+
+    class Dies:
+        def __init__(self, settings):
+            self.about = None
+
+        def rows(self, case, crashed, done):
+            for direction in [d for d in shapes.DIRECTIONS if d not in done]:
+                self.about = (direction, "cpp")
+                if direction == "backward" and (direction, "cpp") not in crashed:
+                    raise EOFError
+                yield direction, [crashed.get((direction, "cpp"), "fine")]
+
+        def end(self):
+            return "SIGSEGV"
+
+    monkeypatch.setattr(isolation, "Worker", Dies)
+    rows = list(isolation.isolated_rows([case], isolation.Settings("cpu", 0), lambda case: False))
+    assert rows == [["fine"], ["crashed its process (SIGSEGV)"]]
+
+
+def test_device_folders():
+    assert machine.device_slug({"type": "cuda", "device": "NVIDIA H200"}) == "nvidia-h200"
+    assert machine.device_slug({"type": "cpu", "device": "AMD EPYC", "cores": 2}) == "cpu-amd-epyc-2-cores"
+
+
+# ---- the blocks of README and docs
+
+
+@pytest.fixture
+def project(eager_peers, small_ceilings, tmp_path):
+    quick(tmp_path / "benchmarks" / "results" / "cpu-test", "--dtypes", "fp32", "--ops", "weighted_pool3d")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("above\n\n<!-- begin: kernels -->\n<!-- end: kernels -->\n\nbelow\n")
+    (tmp_path / "docs" / "plain.md").write_text("no block\n")
+    return tmp_path
+
+
+def test_table_writes_is_idempotent_and_checks(project, capsys):
+    readme = project / "README.md"
+    assert table.main(["--root", str(project), "--check"]) == 1
+    assert str(readme) in capsys.readouterr().err
+    assert table.main(["--root", str(project)]) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert "| `weighted_pool3d` | `tiny_video` | fp32 |" in text
+    assert "**CUDA GPU**: not measured yet." in text
+    assert table.main(["--root", str(project)]) == 0
+    assert readme.read_text() == text
+    assert table.main(["--root", str(project), "--check"]) == 0
+    readme.write_text(text.replace("not measured yet", "9000 times faster"))
+    assert table.main(["--root", str(project), "--check"]) == 1
+
+
+def test_table_shows_microseconds_of_a_gpu_and_its_wrong_results(project):
+    path = next(project.glob("benchmarks/results/*/kernels.json"))
+    result = json.loads(path.read_text())
+    result["machine"] |= {"type": "cuda", "device": "NVIDIA Test"}
+    for row in result["rows"]:
+        row.update(us_p50=12.34, status="ok" if row["direction"] == "forward" else "wrong")
+    path.write_text(json.dumps(result))
+    block = table.kernels_block(project / "benchmarks" / "results")
+    assert "NVIDIA Test" in block
+    assert "| 12 / wrong |" in block
+    assert "**CPU**: not measured yet." in block
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin: kernels -->\n", "every block needs"),
+        ("<!-- begin: nonsense -->\n<!-- end: nonsense -->\n", "must be one of kernels"),
+    ],
+)
+def test_table_refuses_broken_blocks(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        table.render(text, tmp_path, "README.md")

@@ -1,0 +1,451 @@
+"""The model against itself in every way transformers can run it, on disk, and given wrong input."""
+
+import re
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    CLIPVisionModel,
+)
+
+import ppllava
+import ppllava_kernels
+from ppllava import (
+    PPLlavaConfig,
+    PPLlavaForConditionalGeneration,
+    PPLlavaModel,
+    PPLlavaProcessor,
+    modeling_ppllava,
+    presets,
+)
+from ppllava_kernels import prompt_guided_pool3d
+
+QUESTIONS = ["What is it?", "What is the man in the middle holding?", "Why?"]
+NEW = 8
+
+
+@cache
+def tiny():
+    return presets.build("tiny")
+
+
+def fresh(**changes):
+    """A tiny model of its own, for tests that change it."""
+    return PPLlavaForConditionalGeneration(
+        PPLlavaConfig(**{**presets.preset_config("tiny").to_dict(), **changes})
+    ).eval()
+
+
+def clip(frames, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (frames, 30, 40, 3), dtype=np.uint8)  # [T, H, W, 3]
+
+
+def prompt(question, video="<video>\n"):
+    return f"USER: {video}{question} ASSISTANT:"
+
+
+def batch(*lengths, processor=None):
+    """Inputs for one prompt per length, each about a clip of so many frames; 0 is a prompt without a clip."""
+    texts = [prompt(QUESTIONS[i], "<video>\n" if n else "") for i, n in enumerate(lengths)]
+    videos = [clip(n, seed=i) for i, n in enumerate(lengths) if n]
+    return (processor or tiny()[1])(text=texts, videos=videos or None)
+
+
+def alone(i, length):
+    """The inputs of prompt i of `batch` unbatched."""
+    videos = clip(length, seed=i) if length else None
+    return tiny()[1](text=prompt(QUESTIONS[i], "<video>\n" if length else ""), videos=videos)
+
+
+def generate(model, inputs, **kwargs):
+    ids = model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **kwargs)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def counting(monkeypatch, model):
+    """Counts of vision tower calls and op calls."""
+    calls = {"tower": 0, "op": 0}
+
+    def op(*args, **kwargs):
+        calls["op"] += 1
+        return prompt_guided_pool3d(*args, **kwargs)
+
+    def tower(*_):
+        calls["tower"] += 1
+
+    handle = model.model.vision_tower.register_forward_hook(tower)
+    monkeypatch.setattr(modeling_ppllava, "prompt_guided_pool3d", op)
+    yield calls
+    handle.remove()
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+# The parts
+
+
+def test_only_needed_vision_layers_exist_and_run():
+    model = tiny()[0].model
+    whole = CLIPVisionModel(model.config.vision_config).eval()
+    missing, unexpected = whole.load_state_dict(model.vision_tower.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all(name.startswith("encoder.layers.2.") for name in missing)
+    pixels = batch(3)["pixel_values_videos"]
+    expected = whole(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # [F, 36, 32]
+    close(model.encode_frames(pixels).flatten(1, 2), expected, 1e-6)
+
+
+def test_pooling_before_linear_2_is_pooling_after_it():
+    model = tiny()[0].model
+    inputs = batch(4)
+    features = model.encode_frames(inputs["pixel_values_videos"])  # [F, H, W, V]
+    project = model.multi_modal_projector
+    expected = prompt_guided_pool3d(
+        project.linear_2(project.act(project.linear_1(features)))[None],  # [1, T, H, W, D]
+        model.visual_projection(model.vision_tower.post_layernorm(features))[None],
+        model.encode_guide(inputs["guide_input_ids"]),
+        kernel_size=(2, 3, 3),
+        logit_scale=model.logit_scale.exp().item(),
+        backend="reference",
+    )
+    actual = model.get_video_features(**inputs).pooler_output[0]
+    close(actual, expected.flatten(0, -2), 1e-5)
+
+
+def test_the_question_guides_the_pooling():
+    model, processor = tiny()
+    videos = [clip(4), clip(4)]
+    inputs = processor(text=[prompt("x")] * 2, videos=videos, guide_text=["a dog", "the score on the board"])
+    video = model.get_video_features(**inputs)
+    assert [tuple(r.shape) for r in video.relevance] == [(4, 6, 6)] * 2
+    close(torch.stack([r.sum() for r in video.relevance]), torch.ones(2), 1e-5)
+    first, second = video.pooler_output
+    assert (first - second).norm() > 0.05 * first.norm()
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(None, 1), (3, 4), (20, 1)])
+def test_vision_chunk(chunk, calls, monkeypatch):
+    inputs = batch(8, 2)
+    model = fresh(vision_chunk=chunk)
+    model.load_state_dict(tiny()[0].state_dict())
+    with counting(monkeypatch, model) as counts:
+        actual = model.get_video_features(**inputs).pooler_output
+    assert counts == {"tower": calls, "op": 1}
+    for one, other in zip(actual, tiny()[0].get_video_features(**inputs).pooler_output):
+        close(one, other, 1e-5)
+
+
+def test_dense_clips_are_packed_clips():
+    inputs = dict(batch(4, 4))
+    expected = tiny()[0](**inputs).logits
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].unflatten(0, (2, 4))  # [B, T, 3, S, S]
+    del inputs["video_frames"]
+    assert torch.equal(tiny()[0](**inputs).logits, expected)
+
+
+def test_output_size_is_a_token_budget_for_any_length():
+    config = PPLlavaConfig(**{**presets.preset_config("tiny").to_dict(), "pooling_output_size": (2, 2, 2)})
+    model, processor = PPLlavaForConditionalGeneration(config).eval(), presets.build_processor(config)
+    inputs = batch(1, 5, 9, processor=processor)
+    assert (inputs["input_ids"] == 3).sum(1).tolist() == [8, 8, 8]
+    assert [len(video) for video in model.get_video_features(**inputs).pooler_output] == [8, 8, 8]
+    assert model(**inputs).logits.isfinite().all()
+
+
+# Running it
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}])
+def test_generate_encodes_the_videos_once(arguments, monkeypatch):
+    with counting(monkeypatch, tiny()[0]) as counts:
+        generate(tiny()[0], batch(8, 5), **arguments)
+    assert counts == {"tower": 1, "op": 1}
+
+
+def test_greedy_is_repeated_full_forwards():
+    inputs = alone(1, 8)
+    arguments = dict(inputs)
+    for _ in range(NEW):
+        with torch.no_grad():
+            token = tiny()[0](**arguments, use_cache=False).logits[:, -1, 3 + 1 :].argmax(-1, keepdim=True) + 3 + 1
+        arguments["input_ids"] = torch.cat([arguments["input_ids"], token], 1)
+        arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+    expected = arguments["input_ids"][:, -NEW:].tolist()
+    never = {"suppress_tokens": [0, 1, 2, 3]}
+    assert generate(tiny()[0], inputs, **never) == expected
+    assert generate(tiny()[0], inputs, cache_implementation="static", **never) == expected
+
+
+def test_chunked_prefill(monkeypatch):
+    inputs = batch(8, 5)
+    try:
+        actual = generate(tiny()[0], inputs, prefill_chunk_size=16)
+    except ValueError as error:  # before transformers 5.23
+        assert "prefill_chunk_size loses them" in str(error)  # noqa: PT017
+    else:
+        assert actual == generate(tiny()[0], inputs)
+
+
+def test_beam_scores_are_those_of_full_forwards():
+    inputs = batch(8, 5)
+    start = inputs["input_ids"].shape[1]
+    out = tiny()[0].generate(
+        **inputs,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        output_scores=True,
+        suppress_tokens=[3],
+    )
+    assert len({tuple(row) for row in out.sequences[:, start:].tolist()}) == 4
+    for row, sequence in enumerate(out.sequences):
+        single = alone(row // 2, (8, 5)[row // 2])
+        single["input_ids"] = torch.cat([single["input_ids"], sequence[None, start:]], 1)
+        single["attention_mask"] = torch.ones_like(single["input_ids"])
+        with torch.no_grad():
+            logits = tiny()[0](**single).logits[0, -NEW - 1 : -1]  # [NEW, vocabulary]
+        expected = logits.log_softmax(-1).gather(1, sequence[start:, None]).sum() / NEW
+        close(out.sequences_scores[row], expected, 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(8, 5), (3, 10, 6), (4, 0), (0, 4, 0), (2, 2)])
+def test_a_batch_is_each_prompt_alone(lengths, monkeypatch):
+    model, inputs = tiny()[0], batch(*lengths)
+    with torch.no_grad(), counting(monkeypatch, model) as counts:
+        logits = model(**inputs).logits
+    assert counts == {"tower": 1, "op": 1}
+    ids = generate(model, inputs)
+    for i, length in enumerate(lengths):
+        single = alone(i, length)
+        with torch.no_grad():
+            expected = model(**single).logits[0]
+        close(logits[i, -len(expected) :], expected, 1e-4)
+        assert ids[i] == generate(model, single)[0]
+
+
+def test_two_videos_in_one_prompt():
+    model, processor = tiny()
+    text = "USER: <video> or <video>? ASSISTANT:"
+    inputs = processor(text=text, videos=[clip(4, 0), clip(6, 1)])
+    assert inputs["video_frames"].tolist() == [4, 6]
+    assert len(inputs["guide_input_ids"]) == 2
+    logits = model(**inputs).logits
+    other = model(**processor(text=text, videos=[clip(4, 0), clip(6, 2)])).logits
+    placeholders = (inputs["input_ids"][0] == 3).nonzero().flatten()  # 8 of the first video, 12 of the second
+    changed = (logits - other).abs().amax(-1)[0] > 1e-6  # [S]
+    assert int(changed.nonzero()[0]) == placeholders[8]
+
+
+def test_text_only_is_the_language_model():
+    model, processor = tiny()
+    inputs = processor(text=["Hello", "What is the time now?"])
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    expected = model.lm_head(model.model.language_model(**inputs).last_hidden_state)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert torch.tensor(generate(model, inputs)).shape == (2, NEW)
+
+
+def test_inputs_embeds_and_encoded_videos():
+    model, inputs = tiny()[0], batch(4, 6)
+    expected = model(**inputs).logits
+    video = {"video": model.get_video_features(**inputs)}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=video).logits, expected)
+    assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask, mm_encoder_outputs=video).logits, expected)
+    last = model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=video, logits_to_keep=2).logits
+    close(last, expected[:, -2:], 1e-5)
+
+
+def test_compiles_as_one_graph():
+    model, inputs = tiny()[0], dict(batch(2, 2))
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].unflatten(0, (2, 2))
+    del inputs["video_frames"]
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        close(compiled(**inputs).logits, model(**inputs).logits, 1e-5)
+
+
+def test_loss_reaches_every_part():
+    model, inputs = fresh(), batch(4, 5)
+    labels = torch.where(inputs["attention_mask"].bool() & (inputs["input_ids"] != 3), inputs["input_ids"], -100)
+    out = model(**inputs, labels=labels)
+    shifted, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    close(out.loss, torch.nn.functional.cross_entropy(shifted, targets, ignore_index=-100), 1e-5)
+    out.loss.backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert not without
+    zero = {name for name, parameter in model.named_parameters() if not parameter.grad.any()}
+    assert not zero
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_bfloat16():
+    model, _ = presets.build("tiny", dtype=torch.bfloat16)
+    inputs = batch(4, 5).to(torch.bfloat16)
+    assert inputs["pixel_values_videos"].dtype == torch.bfloat16
+    logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    expected = tiny()[0](**batch(4, 5)).logits[:, -1]
+    assert (logits[:, -1].float() - expected).norm() < 0.2 * expected.norm()
+    assert torch.tensor(generate(model, inputs)).shape == (2, NEW)
+
+
+def test_attention_implementation_reaches_every_part():
+    model = fresh()
+    model.set_attn_implementation({"vision_config": "eager", "guide_config": "sdpa", "text_config": "eager"})
+    towers = (model.model.vision_tower, model.model.guide_tower, model.model.language_model)
+    assert [tower.config._attn_implementation for tower in towers] == ["eager", "sdpa", "eager"]
+    model.load_state_dict(tiny()[0].state_dict())
+    close(model(**alone(0, 4)).logits, tiny()[0](**alone(0, 4)).logits, 1e-4)
+
+
+# On disk
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    model, processor = tiny()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_round_trip(folder, auto):
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert isinstance(model, PPLlavaForConditionalGeneration)
+    assert model.config.to_dict().keys() == tiny()[0].config.to_dict().keys()
+    expected = tiny()[0].state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    processor = AutoProcessor.from_pretrained(folder)
+    assert isinstance(processor, PPLlavaProcessor)
+    inputs = batch(4, 5, processor=processor)
+    assert inputs.keys() == batch(4, 5).keys()
+    assert all(torch.equal(value, inputs[name]) for name, value in batch(4, 5).items())
+    close(model(**inputs).logits, tiny()[0](**inputs).logits, 1e-4)
+    assert generate(model, inputs) == generate(tiny()[0], inputs)
+
+
+def test_base_model_and_config_load(folder):
+    assert isinstance(AutoConfig.from_pretrained(folder), PPLlavaConfig)
+    model = AutoModel.from_pretrained(folder)
+    assert isinstance(model, PPLlavaModel)
+    assert torch.equal(model.logit_scale, tiny()[0].model.logit_scale)
+
+
+def test_loading_in_bfloat16_keeps_the_scale(folder):
+    model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.model.logit_scale.dtype == torch.float32
+    assert {p.dtype for name, p in model.named_parameters() if "logit_scale" not in name} == {torch.bfloat16}
+
+
+def test_pooling_temperature_is_not_the_sampling_temperature():
+    assert tiny()[0].generation_config.temperature in (None, 1.0)
+
+
+def test_version():
+    assert ppllava.__version__ == ppllava_kernels.__version__
+
+
+# Wrong input
+
+
+def without(inputs, *names):
+    return {name: value for name, value in inputs.items() if name not in names}
+
+
+def wrong_inputs():
+    good = batch(4, 5)
+    guide = ("guide_input_ids", "guide_attention_mask")
+    ids = good["input_ids"]
+    return {
+        "guide": (
+            without(good, *guide),
+            "guide_input_ids must be given with pixel_values_videos, got None; PPLlavaProcessor makes "
+            "them from the user's "
+            "question",
+        ),
+        "guide rows": (
+            {**good, "guide_input_ids": good["guide_input_ids"][:1], "guide_attention_mask": None},
+            "guide_input_ids must have one row for each of the 2 videos, got 1; repeat the question of "
+            "a prompt for each of "
+            "its videos, and leave out prompts without one",
+        ),
+        "guide length": (
+            {**good, "guide_input_ids": torch.ones(2, 249, dtype=torch.long), "guide_attention_mask": None},
+            "guide_input_ids must have at most the 248 positions of the guide, got 249; let "
+            "PPLlavaProcessor truncate the "
+            "question",
+        ),
+        "guide alone": (
+            {"input_ids": torch.ones(1, 4, dtype=torch.long), "guide_input_ids": good["guide_input_ids"]},
+            "guide_input_ids has 2 rows, but no pixel_values_videos came with it; leave it out for a "
+            "prompt without a video",
+        ),
+        "frames": (
+            {**good, "video_frames": torch.tensor([4, 4])},
+            "pixel_values_videos must be [F, 3, S, S] with F = 8, the sum of video_frames, each at least 1, got shape "
+            "[9, 3, 42, 42] and video_frames [4, 4]; concatenate the frames of all videos",
+        ),
+        "no frames": (
+            {**good, "video_frames": torch.tensor([9, 0])},
+            "pixel_values_videos must be [F, 3, S, S] with F = 9, the sum of video_frames, each at least 1, got shape "
+            "[9, 3, 42, 42] and video_frames [9, 0]; concatenate the frames of all videos",
+        ),
+        "unpacked": (
+            without(good, "video_frames"),
+            "pixel_values_videos must be [B, T, 3, S, S] where video_frames is None, got shape [9, 3, "
+            "42, 42]; pass the "
+            "number of frames of each video to pack videos as [F, 3, S, S]",
+        ),
+        "placeholders": (
+            {**good, "input_ids": ids[:, -20:], "attention_mask": None},
+            "input_ids must hold one <video> token (id 3) for each visual token, 16 for the 2 videos, got 0; let "
+            "PPLlavaProcessor expand the prompt, and do not truncate it",
+        ),
+        "no video": (
+            {"input_ids": ids},
+            "input_ids holds 16 <video> tokens, but no video came with them; pass pixel_values_videos (generate's "
+            "prefill_chunk_size loses them before transformers 5.23)",
+        ),
+        "images": (
+            {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 42, 42)},
+            "pixel_values are images, only videos are supported; pass frames as pixel_values_videos",
+        ),
+        "twice": (
+            {**good, "mm_encoder_outputs": {"video": tiny()[0].get_video_features(**good)}},
+            "pixel_values_videos and mm_encoder_outputs['video'] are the same videos twice; pass one of them",
+        ),
+        "neither": ({}, "exactly one of input_ids and inputs_embeds must be given, got neither; pass one of them"),
+        "short": (
+            {**batch(4), "pixel_values_videos": torch.zeros(1, 3, 42, 42), "video_frames": torch.tensor([1])},
+            "kernel_size must fit into the clip, got kernel_size (2, 3, 3) for (T, H, W) = (1, 6, 6); use a smaller "
+            "kernel_size, or output_size, which fits any clip",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_inputs())
+def test_errors(case):
+    inputs, message = wrong_inputs()[case]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tiny()[0](**inputs)
