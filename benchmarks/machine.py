@@ -33,6 +33,7 @@ def machine_info(device: torch.device | str, command: list[str]) -> dict[str, ob
         "cuda": torch.version.cuda,
         "triton": version("triton"),
         "transformers": version("transformers"),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # before the run
         **git_state(),
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

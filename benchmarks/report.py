@@ -138,6 +138,14 @@ def machine_line(machine: dict) -> str:
     return f"{where}; {', '.join(versions)}; commit {commit}; {machine['date']}"
 
 
+def busy(machine: dict) -> str | None:
+    """A warning where others use this CPU: OpenMP's threads then wait whole time slices for each other."""
+    load, cores = machine.get("load"), machine["cores"]
+    if machine["type"] != "cpu" or load is None or load < cores / 2:
+        return None
+    return f"Others used this machine (load average {load} on {cores} cores before the run): no ratio here is reliable."
+
+
 def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
     from rich.table import Table
 

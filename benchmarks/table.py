@@ -68,6 +68,7 @@ def kernels_device(result: dict) -> str:
         *(["More than 100 %: most bytes are read, and a CPU reads faster than it copies."] if not cuda else []),
         *([f"Left out for lack of time: {', '.join(left_out)}."] if left_out else []),
     ]
+    note += [warning] if (warning := report.busy(machine)) else []
     troubles: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] != "ok" and (row["op"], row["shape"], row["dtype"]) in cases:

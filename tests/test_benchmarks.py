@@ -346,6 +346,11 @@ def test_device_folders():
     assert machine.device_slug({"type": "cpu", "device": "AMD EPYC", "cores": 2}) == "cpu-amd-epyc-2-cores"
 
 
+def test_a_busy_machine_is_named():
+    assert report.busy({"type": "cpu", "cores": 2, "load": 0.6}) is None
+    assert "load average 4.1 on 2 cores" in report.busy({"type": "cpu", "cores": 2, "load": 4.1})
+
+
 # ---- the blocks of README and docs
 
 
