@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -113,7 +112,7 @@ def check_window(values: Tensor, window: Window, cu_frames: Tensor | None) -> No
 def check_temperature(temperature: float) -> float:
     if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a float, got {type(temperature).__name__}; use temperature.item()")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}; the original model uses 0.01")
     return float(temperature)
 
@@ -121,7 +120,7 @@ def check_temperature(temperature: float) -> float:
 def check_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
     """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
     if not isinstance(logit_scale, Tensor):
-        if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale):
+        if not isinstance(logit_scale, (int, float)) or not abs(logit_scale) < float("inf"):
             raise TypeError(f"logit_scale must be a finite float or a tensor, got {logit_scale!r}; pass exp(logit_scale)")
         return float(logit_scale), None
     if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:

@@ -71,7 +71,8 @@ def calls(dtype):
         weights = torch.empty(values.shape[:-1])
         backend.prompt_relevance(image, text, scale, 1.0, cu_frames)
         backend.prompt_relevance_backward(weights, weights, image, text, scale, 1.0, cu_frames)
-        for window in (make_window((2, 3, 3)), make_window((2, 3, 3), (1, 2, 2)), make_window(None, None, (2, 7, 8))):
+        windows = [make_window((2, 3, 3)), make_window(None, None, (2, 7, 8)), make_window((2, 3, 3), (1, 2, 2))]
+        for window in windows[: 3 if cu_frames is None else 2]:
             pooled = backend.weighted_pool3d(values, weights, window, 0.01, cu_frames)
             backend.weighted_pool3d(values, None, window, 0.01, cu_frames)
             backend.prompt_guided_pool3d(values, image, text, scale, 1.0, window, 0.01, cu_frames)
@@ -89,7 +90,8 @@ def main(arch: int, dtype: str) -> None:
             return
         seen.add(key)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "enable_fp_fusion": True})
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, **resources(compiled.asm["cubin"]))
         print(json.dumps(row | {k: v for k, v in constants.items() if k.isupper()}), flush=True)
 

@@ -17,17 +17,6 @@ if not GPU:
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--mutate", help="run with a wrong reference of this name; see mutations.py")
-
-
-def pytest_configure(config):
-    if config.getoption("--mutate"):
-        from mutations import mutate
-
-        mutate(config.getoption("--mutate"))
-
-
 def pytest_report_header(config):
     if not GPU:
         return "no CUDA GPU: Triton runs in its interpreter, tests marked gpu are left out; `make gpu` runs them"

@@ -18,7 +18,7 @@ class Config(NamedTuple):
 
     row_elements: int = 8192  # patches x channels in one tile of whole rows
     patches: int = 8  # patches in one tile of the pooling backward
-    channels: int = 512  # channels in one tile of the pooling kernels
+    bytes: int = 1024  # of one patch in one tile of the pooling kernels
     partials: int = 2048  # most programs, and so partial results, for one clip
     warps: int = 4
 

@@ -273,7 +273,8 @@ def _strides(letter, numbers):
 
 def _shared(values, weights, plan):
     channels = values.shape[-1]
+    block = min(CONFIG.bytes // values.element_size(), triton.next_power_of_2(channels))
     return dict(
-        D=channels, BLOCK_K=32 if plan.volume > 16 else 16, BLOCK_D=min(CONFIG.channels, triton.next_power_of_2(channels)),
+        D=channels, BLOCK_K=32 if plan.volume > 16 else 16, BLOCK_D=block,
         **_strides("V", strides(values, plan)), **_strides("W", strides(weights, plan)), **axes(plan), **plan.ragged,
     )  # fmt: skip

@@ -1,0 +1,201 @@
+"""torch.library, torch.compile, torch.export, autocast: the ops are good citizens of PyTorch."""
+
+import pytest
+import torch
+from cases import CASES, cu_frames_of, make_inputs
+
+import ppllava_kernels
+from ppllava_kernels import library, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+
+KERNEL, ADAPTIVE = dict(kernel_size=(2, 3, 3)), dict(output_size=(2, 2, 1))
+RAGGED = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+def inputs(frames=4, batch=2, device="cpu", dtype=torch.float32):
+    torch.manual_seed(frames)
+    values = torch.randn(batch, frames, 3, 3, 24, device=device, dtype=dtype, requires_grad=True)
+    image = torch.randn(batch, frames, 3, 3, 16, device=device, dtype=dtype, requires_grad=True)
+    text = torch.randn(batch, 16, device=device, dtype=dtype, requires_grad=True)
+    return values, image, text
+
+
+def packed(tensors):
+    """Two clips of 2 and 4 frames from a batch of 2 clips of 3."""
+    values, image, text = (x.detach() for x in tensors)
+    return values.flatten(0, 1).requires_grad_(), image.flatten(0, 1).requires_grad_(), text.requires_grad_()
+
+
+def op_arguments():
+    """(name, arguments) of every registered op, dense and ragged, kernel and adaptive."""
+    for cu_frames in (None, RAGGED):
+        values, image, text = inputs(3) if cu_frames is None else packed(inputs(3))
+        weights = torch.rand(values.shape[:-1], requires_grad=True)
+        scale = torch.tensor(3.0, requires_grad=True)
+        where = (cu_frames, "cpp")
+        relevance = prompt_relevance(image, text, cu_frames=cu_frames).detach()
+        yield "prompt_relevance", (image, text, scale, 1.0, *where)
+        yield "prompt_relevance", (image, text, None, 100.0, *where)
+        detached = (x.detach() for x in (image, text, scale))
+        yield "prompt_relevance_backward", (relevance, relevance, *detached, 1.0, *where)
+        for window in ((2, 3, 3), (2, 3, 3), ()), ((), (), (2, 2, 1)):
+            yield "weighted_pool3d", (values, weights, *window, 0.01, *where)
+            yield "weighted_pool3d", (values, None, *window, 0.01, *where)
+            yield "prompt_guided_pool3d", (values, image, text, scale, 1.0, *window, 0.01, *where)
+            detached = values.detach(), weights.detach()
+            grad = library.ops.weighted_pool3d(*detached, *window, 0.01, *where)
+            arguments = (grad, *detached, *window, 0.01, *where)
+            yield "weighted_pool3d_backward", (*arguments, True, True)
+            yield "weighted_pool3d_backward", (*arguments, False, True)
+
+
+@pytest.mark.parametrize(("op", "arguments"), [pytest.param(*x, id=f"{x[0]}-{n}") for n, x in enumerate(op_arguments())])
+def test_opcheck(op, arguments):
+    # Without the NaN fill: opcheck wants two runs to be equal, and unneeded outputs are empty.
+    ragged_kernel = arguments[-2 if "backward" not in op else -4] is not None and any(x == (2, 3, 3) for x in arguments)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not ragged_kernel:  # the number of pooled frames depends on data, which aot_dispatch cannot trace by default
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(library.ops, op).default, arguments, test_utils=tests)
+
+
+def results(function, tensors):
+    """Outputs and gradients."""
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), tensors)]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", None])
+@pytest.mark.parametrize("window", [KERNEL, ADAPTIVE], ids=["kernel", "adaptive"])
+def test_compile_fullgraph_dynamic(window, backend):
+    """One graph for any number of frames, forward and backward: nothing is compiled again for a new T."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(values, image, text):
+        pooled, relevance = prompt_guided_pool3d(
+            values, image, text, return_relevance=True, backend=backend, logit_scale=3.0, **window
+        )
+        return pooled + 2 * weighted_pool3d(values, relevance, backend=backend, **window)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    # Inductor has nothing to add to the reference but minutes.
+    inductor = torch.compile(
+        function, fullgraph=True, dynamic=True, backend="aot_eager" if backend == "reference" else "inductor"
+    )
+    for frames in (4, 6, 7):
+        expected = results(function, inputs(frames))
+        for actual in (results(compiled, inputs(frames)), results(inductor, inputs(frames))):
+            for a, e in zip(actual, expected):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    # The reference has one graph for outputs that divide T and one for those that do not.
+    assert len(graphs) == (2 if backend == "reference" and window is ADAPTIVE else 1)
+
+
+def test_compile_keeps_one_opaque_node_in_each_direction():
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def record(graph, example_inputs):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda *x: prompt_guided_pool3d(*x, backend="cpp", **KERNEL),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=record, bw_compiler=record),
+    )
+    function(*inputs()).sum().backward()
+    forward, backward = ([name for name in names if "ppllava_kernels" in name] for names in seen)
+    assert forward == ["ppllava_kernels.prompt_guided_pool3d.default"]
+    assert backward == [
+        "ppllava_kernels.weighted_pool3d_backward.default",
+        "ppllava_kernels.prompt_relevance_backward.default",
+    ]
+
+
+@pytest.mark.parametrize("window", [KERNEL, ADAPTIVE, dict(kernel_size=(1, 3, 3))], ids=["kernel", "adaptive", "frame"])
+def test_compile_ragged(window):
+    """With kernel_size the number of pooled frames depends on the values of cu_frames."""
+    function = lambda *x: prompt_guided_pool3d(*x, cu_frames=RAGGED, backend="cpp", **window)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for a, e in zip(results(compiled, packed(inputs(3))), results(function, packed(inputs(3)))):
+        torch.testing.assert_close(a, e)
+
+
+def test_compile_finds_a_bad_cu_frames():
+    """Its values are checked when the compiled function runs, not only when it is traced."""
+    function = lambda v, cu: weighted_pool3d(v, None, cu_frames=cu, backend="cpp", **ADAPTIVE)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    values = packed(inputs(3))[0]
+    torch.testing.assert_close(compiled(values, RAGGED), function(values, RAGGED))
+    with pytest.raises(ValueError, match="cu_frames must end at F = 6, the packed frames, got 9"):
+        compiled(values, torch.tensor([0, 2, 9], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_export(backend):
+    class Pool(torch.nn.Module):
+        def forward(self, values, image, text):
+            return prompt_guided_pool3d(values, image, text, backend=backend, **KERNEL)
+
+    frames = torch.export.Dim("frames", min=4, max=64)
+    shapes = ({1: frames}, {1: frames}, None)
+    program = torch.export.export(Pool(), tuple(x.detach() for x in inputs(4)), dynamic_shapes=shapes)
+    for n in (4, 9):
+        tensors = [x.detach() for x in inputs(n)]
+        torch.testing.assert_close(program.module()(*tensors), Pool()(*tensors))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autocast_leaves_scores_alone(backend):
+    """A blanket cast to bfloat16 would round the weights by up to 0.2 in the exponent at temperature 0.01."""
+    values, weights = torch.randn(1, 4, 3, 3, 8), torch.rand(1, 4, 3, 3)
+    image, text = torch.randn(1, 4, 3, 3, 16), torch.randn(1, 16)
+    for low in (values, values.bfloat16()):
+        expected = weighted_pool3d(low, weights, backend=backend, **KERNEL)
+        relevance = prompt_relevance(image, text, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(weighted_pool3d(low, weights, backend=backend, **KERNEL), expected)
+            assert torch.equal(prompt_relevance(image, text, backend=backend), relevance)
+
+
+def test_meta_tensors_have_shapes():
+    values, image, text = (x.to("meta") for x in inputs())
+    pooled, relevance = prompt_guided_pool3d(
+        values, image, text, return_relevance=True, backend="reference", **KERNEL
+    )
+    assert pooled.shape == (2, 2, 1, 1, 24)
+    assert relevance.shape == (2, 4, 3, 3)
+
+
+def test_module_in_a_compiled_model():
+    module = torch.nn.Sequential(torch.nn.Linear(24, 24), ppllava_kernels.WeightedPool3d((2, 3, 3)))
+    values = inputs()[0]
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(values), module(values))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["divisible", "overlap", "adaptive_overlap"])
+def test_cuda_graph(case):
+    tensors = {k: v.cuda() for k, v in make_inputs(CASES[case]).items() if k != "weights"}
+    call = lambda: prompt_guided_pool3d(**tensors, cu_frames=cu_frames_of(CASES[case]), **CASES[case].window)  # noqa: E731
+    expected = call()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)

@@ -1,0 +1,75 @@
+"""The suite can fail: with a definition that is wrong in one element, every check of every op rejects every backend."""
+
+import pytest
+import torch
+from cases import CASES, OPS, check, make_inputs
+
+from ppllava_kernels.backends import reference
+
+# Windows of one element have none to drop.
+POOLED = [name for name in CASES if name not in ("single", "identity", "adaptive_up")]
+SCORED = [name for name in CASES if name != "single"]
+
+
+def drop_one_element_of_each_window(monkeypatch):
+    windows = reference._windows
+
+    def mutated(*arguments):
+        axes = windows(*arguments)
+        for n, (patches, inside) in enumerate(axes):
+            if patches.shape[1] > 1:
+                last = inside.sum(1, keepdim=True) - 1  # [O, 1]
+                kept = torch.arange(patches.shape[1]) < last.clamp_min(1)
+                axes[n] = (patches, inside & kept)
+                break
+        return axes
+
+    monkeypatch.setattr(reference, "_windows", mutated)
+
+
+def leave_one_patch_out_of_the_softmax(monkeypatch):
+    relevance = reference.prompt_relevance
+
+    def mutated(image_embeds, text_embeds, logit_scale, cu_frames):
+        whole = relevance(image_embeds, text_embeds, logit_scale, cu_frames)
+        if cu_frames is not None:  # made of calls without it, which are mutated
+            return whole
+        rest = whole.flatten(1)[:, :-1].sum(1)
+        return whole / rest[:, None, None, None]
+
+    monkeypatch.setattr(reference, "prompt_relevance", mutated)
+
+
+def label(x):
+    return x if isinstance(x, str) else x.__name__
+
+
+CHECKS = [
+    *(("weighted_pool3d", drop_one_element_of_each_window, case) for case in POOLED),
+    *(("prompt_relevance", leave_one_patch_out_of_the_softmax, case) for case in SCORED),
+    *(("prompt_guided_pool3d", drop_one_element_of_each_window, case) for case in POOLED),
+    *(("prompt_guided_pool3d", leave_one_patch_out_of_the_softmax, case) for case in SCORED),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("op", "mutation", "case"), CHECKS, ids=label)
+def test_cpp_is_rejected(op, mutation, case, dtype, monkeypatch):
+    reject(op, mutation, case, dtype, ("cpp", "cpu"), monkeypatch)
+
+
+@pytest.mark.parametrize(("op", "mutation", "case"), [c for c in CHECKS if c[2] == "leftover"], ids=label)
+def test_every_backend_is_rejected(op, mutation, case, place, monkeypatch):
+    reject(op, mutation, case, torch.float32, place, monkeypatch)
+
+
+def reject(op, mutation, case, dtype, place, monkeypatch):
+    tensors = make_inputs(CASES[case], (dtype, dtype, dtype, torch.float32))
+    check(op, CASES[case], tensors, place)
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError, match=f"{op} {place[0]} .*: error .*, allowed"):
+        check(op, CASES[case], tensors, place)
+
+
+def test_every_op_is_mutated():
+    assert {check[0] for check in CHECKS} == set(OPS)
