@@ -1,11 +1,12 @@
 """Builds the C++ kernels; everything else is in pyproject.toml. Without a compiler the package still installs."""
 
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 NOTE = Path("ppllava_kernels/_C.missing")  # read by ppllava_kernels/backends/cpp.py
@@ -27,9 +28,14 @@ class BuildKernels(BuildExtension):
         NOTE.unlink(missing_ok=True)
         try:
             super().run()
-        except Exception as error:  # noqa: BLE001 - whatever a compiler or its absence raises, the rest installs
-            reason = f"it could not be built: {str(error).strip().splitlines()[-1]}"
-            sys.stderr.write(f"warning: ppllava_kernels._C is left out, {reason}\n")
+        except Exception as error:
+            compiler = get_cxx_compiler()
+            reason = (
+                f"{compiler} failed: {str(error).strip().splitlines()[-1]}"
+                if shutil.which(compiler)
+                else f"no C++ compiler: {compiler} was not found"
+            )
+            sys.stderr.write(f"warning: ppllava_kernels._C is left out: {reason}\n")
             NOTE.write_text(reason + "\n")
             if not self.editable_mode:
                 self.copy_file(str(NOTE), str(Path(self.build_lib) / NOTE))

@@ -1,4 +1,4 @@
-"""A chart of kernels.json: how close each variant comes to a copy."""
+"""Charts of kernels.json, how close each variant comes to a copy, and of throughput.json, both models over frames."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import report
-from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL
+from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEER, PEER_TUNED, PPLLAVA
 from .shapes import DIRECTIONS
 
 COLOURS = {
@@ -19,6 +19,7 @@ COLOURS = {
     COMPILED_ORIGINAL: "#878787",
     ORIGINAL: "#bababa",
 }
+VIDEO_COLOURS = {PPLLAVA: "#1b7837", PEER: "#878787", PEER_TUNED: "#4393c3"}
 
 
 def fingerprint(path: Path) -> str:
@@ -28,13 +29,9 @@ def fingerprint(path: Path) -> str:
 
 def draw(path: Path) -> str:
     """Write the chart of `path` beside it; returns the sentence to print."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "left out the chart, matplotlib is not installed"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
+    if pyplot is None:
+        return NO_MATPLOTLIB
     results = report.read(path, "kernels")
     rows, machine = results["rows"], results["machine"]
     if not rows:
@@ -70,9 +67,77 @@ def draw(path: Path) -> str:
         f"{report.machine_line(machine)}",
         fontsize=9,
     )
+    return _save(figure, path)
+
+
+def draw_throughput(path: Path) -> str:
+    """As `draw`: videos per second and time to first token over the number of frames."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return NO_MATPLOTLIB
+    results = report.read(path, "throughput")
+    rows = results["rows"]
+    if not any(row["status"] == "ok" for row in rows):
+        return "left out the chart, there are no rows with times"
+    panels = {
+        "videos per second (longer is better)": lambda row: row["videos_s"],
+        "milliseconds to the first token (shorter is better)": lambda row: row["first_token_ms"]["p50"],
+    }
+    frames = sorted({row["frames"] for row in rows})
+    variants = [name for name in VIDEO_COLOURS if any(row["variant"] == name for row in rows)]
+    tokens = {n: dict.fromkeys(f"{row['visual_tokens']:,}" for row in rows if row["frames"] == n) for n in frames}
+    ticks = [f"{n} frames\n{' / '.join(tokens[n])}" for n in frames]
+    size = 3 + 2 * len(frames) * (0.6 + 0.4 * len(variants)), 4.4
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained")
+    bar = 0.86 / len(variants)
+    for axis, (title, number) in zip(axes, panels.items()):
+        for row in rows:
+            x = frames.index(row["frames"]) + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * bar
+            if row["status"] != "ok":
+                axis.text(
+                    x, 0, f" {row['status']}", rotation=90, ha="center", va="bottom", fontsize=8, color="firebrick"
+                )
+                continue
+            value = number(row)
+            axis.bar(x, value, 0.92 * bar, color=VIDEO_COLOURS[row["variant"]])
+            axis.text(
+                x, value, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va="bottom", fontsize=8
+            )
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xticks(range(len(frames)), ticks, fontsize=8)
+        axis.set_xlim(-0.55, len(frames) - 0.45)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="x", length=0)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=VIDEO_COLOURS[name]) for name in variants]
+    figure.legend(handles, variants, ncols=len(variants), loc="outside upper left", frameon=False, fontsize=9)
+    setup = results["protocol"]
+    figure.supxlabel(
+        f"Below the frames: visual tokens of one video, PPLLaVA / LLaVA-NeXT-Video. Sizes of {setup['preset']} with "
+        f"random weights,\n{setup['dtype']}, batch {setup['batch']}, {setup['new_tokens']} new tokens. "
+        f"{report.machine_line(results['machine'])}",
+        fontsize=8,
+    )
+    return _save(figure, path)
+
+
+NO_MATPLOTLIB = "left out the chart, matplotlib is not installed"
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> str:
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110, metadata={"Source": fingerprint(path)})
-    pyplot.close(figure)
+    figure.clear()
     return f"wrote {target}"
 
 
@@ -88,4 +153,4 @@ def _bar(axis, y: float, height: float, colour: str, row: dict | None) -> None:
 
 
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1])))
+    print({"throughput": draw_throughput}.get(Path(sys.argv[1]).stem, draw)(Path(sys.argv[1])))

@@ -17,10 +17,29 @@ if TYPE_CHECKING:
 
 ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE = "original", "compile(original)", "compile(reference)"
 PEERS = (ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE)
+PPLLAVA, PEER, PEER_TUNED = "PPLLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT-Video, our settings"
+VIDEO_PEERS = (PEER, PEER_TUNED)
+
+
+class Outcome:
+    """What rows of every kind have: a status other than "ok" comes with a reason and without times."""
+
+    status: str
+    reason: str | None
+
+    def fail(self, reason: str, status: str = "failed") -> None:
+        self.status, self.reason = status, reason
+
+    def wrong(self, reason: str) -> None:
+        self.fail(reason, "wrong")
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: an infinite error becomes a string."""
+        return {k: repr(v) if v == float("inf") else _short(v) for k, v in asdict(self).items()}
 
 
 @dataclass
-class Row:
+class Row(Outcome):
     """One variant of one op on one shape in one dtype and direction. Without times unless status is "ok"."""
 
     op: str
@@ -50,12 +69,6 @@ class Row:
     def case(self) -> tuple[str, str, str, str]:
         return self.op, self.shape, self.dtype, self.direction
 
-    def fail(self, reason: str) -> None:
-        self.status, self.reason = "failed", reason
-
-    def wrong(self, reason: str) -> None:
-        self.status, self.reason = "wrong", reason
-
     def set_timing(self, timing: Timing, rates: dict[str, float]) -> None:
         """`rates`: bytes per second of "copy" and "read", where these were timed."""
         self.us_p20, self.us_p50, self.us_p80 = (1e6 * t for t in (timing.p20, timing.p50, timing.p80))
@@ -64,11 +77,6 @@ class Row:
         self.gb_s = rate / 1e9
         self.copy_percent = 100 * rate / rates["copy"] if "copy" in rates else None
         self.read_percent = 100 * rate / rates["read"] if "read" in rates else None
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON: an infinite error becomes a string."""
-        numbers = asdict(self)
-        return {k: repr(v) if v == float("inf") else _short(v) for k, v in numbers.items()}
 
     def line(self) -> str:
         head = f"{self.op} {self.shape} {self.dtype} {self.direction} {self.variant}:"
@@ -82,6 +90,65 @@ def set_ratios(rows: Iterable[Row]) -> None:
     timed = {row.variant: row for row in rows if row.status == "ok"}
     for row in timed.values():
         row.ratios = {peer: timed[peer].us_p50 / row.us_p50 for peer in PEERS if peer in timed}
+
+
+Spread = dict[str, float]  # p20, p50, p80
+
+
+@dataclass
+class VideoRow(Outcome):
+    """One model on videos of so many frames. Times in milliseconds; without those of `generate` unless status is ok."""
+
+    frames: int
+    variant: str  # PPLLAVA or one of VIDEO_PEERS
+    visual_tokens: int  # of one video, as `text_tokens` and `flops`
+    text_tokens: int
+    flops: dict[str, int]  # of the matrix products up to the first token, by part
+    weight_bytes: int
+    status: str = "ok"  # or "wrong", "failed", "does not fit", "left out"
+    reason: str | None = None
+    decode_ms: Spread | None = None  # one video, read from its file; the same for all models
+    preprocess_ms: Spread | None = None  # one video, resized and normalised, on the device
+    vision_ms: Spread | None = None  # the batch, frames to visual tokens: tower, guide, projector; part of the next
+    first_token_ms: Spread | None = None  # the batch, frames to first token
+    token_ms: Spread | None = None  # each further token of the batch
+    generate_ms: Spread | None = None  # the batch, frames to last token
+    samples: int = 0
+    videos_s: float | None = None
+    videos_s_file: float | None = None  # decoding and preprocessing included, one after the other
+    peak_bytes: int | None = None  # weights and what PyTorch holds beyond them during `generate`
+    ratios: dict[str, dict[str, float]] = field(default_factory=dict)  # peer -> how many times better than it
+    error: float | None = None
+    limit: float | None = None
+
+    def set_rates(self, batch: int) -> None:
+        seconds = self.generate_ms["p50"] / 1e3
+        file = batch * (self.decode_ms["p50"] + self.preprocess_ms["p50"]) / 1e3
+        self.videos_s, self.videos_s_file = batch / seconds, batch / (seconds + file)
+
+    def line(self) -> str:
+        head = f"{self.frames} frames, {self.variant}, {self.visual_tokens:,} visual tokens:"
+        if self.status != "ok":
+            return f"{head} {self.status}, {self.reason}"
+        return f"{head} first token {show(self.first_token_ms['p50'])} ms, {self.videos_s:.3g} videos/s"
+
+
+def set_video_ratios(rows: Iterable[VideoRow]) -> None:
+    """Ratios of PPLLaVA among the rows of one number of frames; `flops` needs no times."""
+    found = {row.variant: row for row in rows}
+    ours = found[PPLLAVA]
+    for name in VIDEO_PEERS:
+        if name not in found:
+            continue
+        peer = found[name]
+        ours.ratios[name] = {"flops": sum(peer.flops.values()) / sum(ours.flops.values())}
+        if ours.status == peer.status == "ok":
+            ours.ratios[name] |= {
+                "first_token": peer.first_token_ms["p50"] / ours.first_token_ms["p50"],
+                "videos_s": ours.videos_s / peer.videos_s,
+                "videos_s_file": ours.videos_s_file / peer.videos_s_file,
+                "peak_bytes": peer.peak_bytes / ours.peak_bytes,
+            }
 
 
 def _short(value: object) -> object:
@@ -170,3 +237,40 @@ def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
             numbers = [f"[red]{row.status}[/red]", *["-"] * (len(numbers) - 1)]
         table.add_row(*row.case, name, *numbers, error, end_section=following is None or following.case != row.case)
     return table
+
+
+def throughput_table(rows: Sequence[VideoRow], machine: dict) -> Table:
+    from rich.table import Table
+
+    table = Table(title=machine_line(machine), title_justify="left")
+    table.add_column("frames", justify="right")
+    table.add_column("model", no_wrap=True)
+    names = ("decode", "preprocess", "vision", "first token", "p20-p80", "per token")
+    for name in ("visual tokens", *(f"{name} ms" for name in names), "videos/s", "from file", "peak MB"):
+        table.add_column(name, justify="right")
+    for name in ("first token", "videos/s", "from file", "FLOPs"):
+        table.add_column(f"x {name}", justify="right")
+    for row, following in zip(rows, [*rows[1:], None]):
+        numbers = [_p50(row.decode_ms), _p50(row.preprocess_ms), f"[red]{row.status}[/red]", *["-"] * 6]
+        if row.status == "ok":
+            first = row.first_token_ms
+            numbers[2:] = [
+                _p50(row.vision_ms),
+                _p50(first),
+                f"{show(first['p20'])}-{show(first['p80'])}",
+                _p50(row.token_ms),
+                f"{row.videos_s:.3g}",
+                f"{row.videos_s_file:.3g}",
+                show(row.peak_bytes / 1e6),
+            ]
+        ratios = [
+            " / ".join(show(ratio.get(key)) for ratio in row.ratios.values())
+            for key in ("first_token", "videos_s", "videos_s_file", "flops")
+        ]
+        last = following is None or following.frames != row.frames
+        table.add_row(str(row.frames), row.variant, f"{row.visual_tokens:,}", *numbers, *ratios, end_section=last)
+    return table
+
+
+def _p50(spread: Spread | None) -> str:
+    return show(spread and spread["p50"])

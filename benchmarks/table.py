@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import report
-from .report import PEERS, show
+from .report import PEER, PEERS, PPLLAVA, VIDEO_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
@@ -24,17 +24,26 @@ SHOWN = {
     "shape": ("vicuna7b_video", "vicuna7b_8frames", "vicuna7b_image", "qwen2_7b_video", "long_video", "batch4_ragged"),
     "dtype": ("bf16", "fp32"),
 }
+RATIOS = ("first_token", "videos_s", "flops")
 
 
-def kernels_block(results: Path) -> str:
-    """A table for each device that has a kernels.json; GPUs first."""
-    found = [report.read(path, "kernels") for path in sorted(results.glob("*/kernels.json"))]
+def device_tables(results: Path, kind: str, device: Callable[[dict], str]) -> str:
+    """A table for each device that has a <kind>.json; GPUs first."""
+    found = [report.read(path, kind) for path in sorted(results.glob(f"*/{kind}.json"))]
     found.sort(key=lambda result: result["machine"]["type"] != "cuda")
-    parts = [kernels_device(result) for result in found]
+    parts = [device(result) for result in found]
     for kind, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")):
         if not any(result["machine"]["type"] == kind for result in found):
             parts.append(f"**{name}**: not measured yet.")
     return "\n\n".join(parts)
+
+
+def kernels_block(results: Path) -> str:
+    return device_tables(results, "kernels", kernels_device)
+
+
+def throughput_block(results: Path) -> str:
+    return device_tables(results, "throughput", throughput_device)
 
 
 def kernels_device(result: dict) -> str:
@@ -77,9 +86,56 @@ def kernels_device(result: dict) -> str:
                 f"`{row['op']}` {row['direction']} on `{row['shape']}` {row['dtype']}"
             )
     note += [f"{trouble}: {', '.join(places)}." for trouble, places in troubles.items()]
+    return _device(machine, lines, note)
+
+
+def throughput_device(result: dict) -> str:
+    machine, setup = result["machine"], result["protocol"]
+    cuda = machine["type"] == "cuda"
+    clips: dict[int, dict[str, dict]] = {}
+    for row in result["rows"]:
+        clips.setdefault(row["frames"], {})[row["variant"]] = row
+    peers = [name for name in VIDEO_PEERS if any(name in rows for rows in clips.values())]
+    absolute = ["first token ms", "ms per token", "videos/s"] if cuda else []
+    head = ["frames", "visual tokens", *absolute, *(f"x {what}" for what in ("first token", "videos/s", "FLOPs"))]
+    lines = [head, ["---:"] * len(head)]
+    troubles = []
+    for frames, rows in clips.items():
+        ours = rows[PPLLAVA]
+        models = [ours, *(rows[name] for name in peers)]
+        ratios = [[ours["ratios"].get(name, {}).get(key) for name in peers] for key in RATIOS]
+        cells = [f"{ours['visual_tokens']:,} / {rows[PEER]['visual_tokens']:,}"]
+        if cuda:
+            cells += [_each([_median(row, key) for row in models]) for key in ("first_token_ms", "token_ms")]
+            cells.append(" / ".join("-" if row["videos_s"] is None else f"{row['videos_s']:.3g}" for row in models))
+        lines.append([str(frames), *cells, *map(_each, ratios)])
+        bad = [row for row in models if row["status"] != "ok"]
+        troubles += [f"{frames} frames, {row['variant']}: {row['status']} ({row['reason']})." for row in bad]
+    order = " / ".join([PPLLAVA, *peers])
+    note = [
+        f"x: how many times better than {' / than '.join(peers)}; below 1 is worse. FLOPs: theirs over ours up to the "
+        "first token, so as much of the first ratio as arithmetic explains.",
+        *([f"Times and videos/s: {order}."] if cuda else []),
+        f"Sizes of `{setup['preset']}` with random weights, {setup['dtype']}, batch {setup['batch']}, "
+        f"{setup['new_tokens']} new tokens; frames of one H.264 file for all, timed in turns.",
+        *troubles,
+    ]
+    note += [warning] if (warning := report.busy(machine)) else []
+    return _device(machine, lines, note)
+
+
+def _device(machine: dict, lines: Sequence[Sequence[str]], note: Sequence[str]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     source = f"`{machine['command']}`; {report.machine_line(machine)}"
     return "\n\n".join((f"**{machine['device']}**", table, " ".join(note), source))
+
+
+def _each(numbers: Sequence[float | None]) -> str:
+    return " / ".join(map(show, numbers))
+
+
+def _median(row: dict, key: str) -> float | None:
+    return row[key] and row[key]["p50"]
 
 
 def _pair(both: dict[str, dict], number: Callable[[dict], float | None]) -> str:
@@ -96,7 +152,7 @@ def _code(peer: str) -> str:
     return peer if "(" not in peer else "`torch.compile` of the " + peer.partition("(")[2].removesuffix(")")
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"kernels": kernels_block}
+BLOCKS: dict[str, Callable[[Path], str]] = {"kernels": kernels_block, "throughput": throughput_block}
 
 
 def render(text: str, results: Path, source: str) -> str:

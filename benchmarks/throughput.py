@@ -13,15 +13,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ppllava import presets
 from ppllava.video import read_video
@@ -34,11 +30,13 @@ from .video_models import (
     CLIP_FRAMES,
     CLIP_SIZE,
     PROMPT,
+    SETTINGS,
     Job,
+    Sample,
     build_models,
     check_op,
     encode_clip,
-    entrants,
+    generate,
     make_jobs,
     prepare,
 )
@@ -78,72 +76,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@dataclass
-class Sample:
-    """Seconds of one `generate`, and what came out of it."""
-
-    vision: float = 0.0
-    first_token: float = 0.0
-    token: float | None = None
-    generate: float = 0.0
-    visual_tokens: int = 0
-    output: Any = field(default=None, repr=False)
-
-
-class TokenTimes(StoppingCriteria):
-    """Never stops; notes when each token is there."""
-
-    def __init__(self, now: Callable[[], float]):
-        self.now, self.times = now, []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.times.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def vision_times(job: Job, now: Callable[[], float], sample: Sample) -> Iterator[None]:
-    """Note the seconds from the first frame into the tower to the last visual token out of the projector."""
-    starts: list[float] = []
-
-    def end(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tokens = output[0] if isinstance(output, tuple) else output  # [.., D]
-        sample.visual_tokens += tokens.shape[:-1].numel()
-        sample.vision = now() - starts[0]
-
-    inner = job.model.model
-    hooks = [
-        inner.vision_tower.register_forward_pre_hook(lambda module, inputs: starts.append(now())),
-        inner.multi_modal_projector.register_forward_hook(end),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def generate(job: Job, new_tokens: int, now: Callable[[], float], **kwargs: Any) -> Sample:
-    """One greedy `generate` of exactly `new_tokens`; vision, prefill and decoding are timed inside it."""
-    sample, tokens = Sample(), TokenTimes(now)
-    with vision_times(job, now, sample):
-        start = now()
-        sample.output = job.model.generate(
-            **job.inputs,
-            **job.settings,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([tokens]),
-            **kwargs,
-        )
-        sample.generate = now() - start
-    sample.first_token = tokens.times[0] - start
-    if new_tokens > 1:
-        sample.token = (tokens.times[-1] - tokens.times[0]) / (new_tokens - 1)
-    return sample
-
-
 class Benchmark:
     """Measures both models for one number of frames after the other."""
 
@@ -170,8 +102,8 @@ class Benchmark:
             # Twice, the warm-up and one sample; a row without a sample is worth nothing.
             expected = 2 * sum(job.flops.values()) * self.seconds_per_flop.get(name, 0.0)
             if self.late(expected):
-                rows[name].fail(f"would take about {expected:.0f} s and pass --time-limit {self.args.time_limit:.0f}")
-                rows[name].status = "left out"
+                limit = f"--time-limit {self.args.time_limit:.0f}"
+                rows[name].fail(f"would take about {expected:.0f} s more and pass {limit}", "left out")
                 continue
             self._attempt(rows[name], lambda job=job, row=rows[name]: self._warm_up(job, row))
         self._time({name: job for name, job in jobs.items() if rows[name].status == "ok"}, rows)
@@ -201,16 +133,16 @@ class Benchmark:
             flops=job.flops,
             weight_bytes=sum(x.nbytes for x in job.model.parameters()),
         )
-        row.set_times(decode=decode, preprocess=preprocess)
+        set_times(row, {"decode": decode, "preprocess": preprocess})
         return row
 
     def _attempt(self, row: VideoRow, what: Callable[[], object]) -> None:
         try:
             what()
         except Exception as error:
-            row.fail(timing.reason(error))
-        if row.reason == "out of memory":
-            row.status = "does not fit"
+            why = timing.reason(error)
+            row.fail(why, "does not fit" if why == "out of memory" else "failed")
+        if row.status != "ok":
             timing.release(self.device)
 
     def _warm_up(self, job: Job, row: VideoRow) -> None:
@@ -224,7 +156,7 @@ class Benchmark:
         n, samples = self.args.new_tokens, []
 
         def run(_: None) -> None:
-            samples.append(generate(job, n, self.now, output_logits=True, return_dict_in_generate=True))
+            samples.append(self._generate(job, output_logits=True, return_dict_in_generate=True))
 
         row.peak_bytes = row.weight_bytes + timing.peak_extra_bytes(timing.Variant(job.name, run), self.device)
         [sample] = samples
@@ -234,46 +166,62 @@ class Benchmark:
         got = {
             "visual tokens": sample.visual_tokens,
             "sequences": tuple(output.sequences.shape),
-            "logits": sum(bool(x.isfinite().any(-1).all() and not x.isnan().any()) for x in output.logits),
+            "logits": sum(bool(x.isfinite().all()) for x in output.logits),
         }
         if got != expected:
             row.wrong("; ".join(f"{name}: {got[name]}, expected {expected[name]}" for name in got))
             return
         if torch.device(self.device).type == "cuda":  # the first one compiled
-            sample = generate(job, n, self.now)
+            sample = self._generate(job)
         self.seconds_per_flop[job.name] = sample.generate / sum(job.flops.values())
 
-    def _time(self, jobs: dict[str, Job], rows: dict[str, VideoRow]) -> None:
+    def _time(self, jobs: Mapping[str, Job], rows: Mapping[str, VideoRow]) -> None:
         """Round robin, so that noise hits all; fewer rounds where another one would pass the time limit."""
         samples: dict[str, list[Sample]] = {name: [] for name in jobs}
-        took = 0.0
-        for i in range(self.args.repeats):
+        names, took = list(jobs), 0.0
+        for i in range(self.args.repeats if jobs else 0):
             if i and self.late(took):
                 break
-            start, names = time.monotonic(), list(jobs)
-            for name in names[i % len(names) :] + names[: i % len(names)] if names else []:
+            start, first = time.monotonic(), i % len(names)  # nobody always runs after the same one
+            for name in (*names[first:], *names[:first]):
                 if rows[name].status == "ok":
-                    run = lambda name=name: samples[name].append(generate(jobs[name], self.args.new_tokens, self.now))  # noqa: E731
-                    self._attempt(rows[name], run)
+                    self._attempt(rows[name], lambda name=name: samples[name].append(self._generate(jobs[name])))
             took = time.monotonic() - start
         for name, some in samples.items():
             if rows[name].status == "ok":
-                times = {key: [getattr(s, key) for s in some] for key in ("vision", "first_token", "token", "generate")}
-                rows[name].set_times(**times)
+                keys = ("vision", "first_token", "token", "generate")
+                set_times(rows[name], {key: [getattr(sample, key) for sample in some] for key in keys})
+                rows[name].samples = len(some)
                 rows[name].set_rates(self.args.batch)
+                self.seconds_per_flop[name] = rows[name].generate_ms["p50"] / 1e3 / sum(jobs[name].flops.values())
+
+    def _generate(self, job: Job, **kwargs: bool) -> Sample:
+        return generate(job, self.args.new_tokens, self.now, **kwargs)
 
 
-def protocol(args: argparse.Namespace, rows: Sequence[VideoRow]) -> dict[str, object]:
+def set_times(row: VideoRow, seconds: Mapping[str, Sequence[float]]) -> None:
+    for name, some in seconds.items():
+        if None not in some:
+            t = timing.Timing.of(some)
+            setattr(row, f"{name}_ms", {"p20": 1e3 * t.p20, "p50": 1e3 * t.p50, "p80": 1e3 * t.p80})
+
+
+def protocol(args: argparse.Namespace) -> dict[str, object]:
     width, height = CLIP_SIZE
-    settings = {name: {"attention": "sdpa", **given} for name, (_, given) in entrants(args.device).items()}
+    settings = SETTINGS[torch.device(args.device).type]
     return {
-        "preset": args.preset,
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "new_tokens": args.new_tokens,
-        "repeats": args.repeats,
+        **{name: getattr(args, name) for name in ("preset", "dtype", "batch", "new_tokens", "repeats", "time_limit")},
         "prompt": PROMPT,
-        "settings": settings,
+        "clip": f"H.264, {width}x{height}, {CLIP_FPS} fps, at least {CLIP_FRAMES} frames; all models get the same ones",
+        "settings": f"attention sdpa, logits of the last position, greedy; of ours beyond the defaults: {settings}"
+        if settings
+        else "ours are transformers' defaults on this device, so one row of the peer is both",
+        "gate": "length of the answer, visual tokens, finite logits",
+        "op_gate": f"of prompt_guided_pool3d inside PPLLaVA: {gate.RULE.partition('. Peers')[0]}",
+        "times": "milliseconds, 20th, 50th and 80th percentile of the samples; models take turns",
+        "flops": "matrix products up to the first token of one video; attention counts all pairs of positions",
+        "ratios": "peer over PPLLaVA in FLOPs, time to first token and peak memory, PPLLaVA over peer in videos/s",
+        "peak_bytes": "weights of one model and the most that PyTorch holds beyond them during generate",
     }
 
 
@@ -292,3 +240,28 @@ def run(args: argparse.Namespace, save: Callable[[list[VideoRow]], object]) -> l
             save(rows)
             progress.advance(task)
     return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    machine = machine_info(args.device, ["python", "-m", "benchmarks.throughput", *words])
+    path = (args.out or results_folder(machine)) / "throughput.json"
+
+    def save(rows: list[VideoRow]) -> None:
+        report.write(path, "throughput", machine, protocol(args), [row.as_dict() for row in rows])
+
+    rows = run(args, save)
+    console = report.console()
+    console.print(report.throughput_table(rows, machine))
+    for line in (report.busy(machine), f"wrote {path}", chart.draw_throughput(path)):
+        if line is not None:
+            console.print(line, highlight=False, soft_wrap=True)
+    wrong = [row for row in rows if row.status == "wrong"]
+    for row in wrong:
+        console.print(f"WRONG: {row.line()}", style="bold red", highlight=False, soft_wrap=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

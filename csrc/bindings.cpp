@@ -1,9 +1,9 @@
 // The only file that knows pybind11 and at::Tensor: tensors in, structs out. Python allocates, the kernels write.
 
-#include <ATen/ATen.h>                        // defines: at::Tensor
-#include <ATen/Version.h>                     // defines: at::get_cpu_capability
-#include <pybind11/stl.h>                     // defines: the casts of std::vector and std::optional
-#include <torch/csrc/utils/pybind.h>          // defines: the cast of at::Tensor
+#include <ATen/ATen.h>                // defines: at::Tensor
+#include <ATen/Version.h>             // defines: at::get_cpu_capability
+#include <pybind11/stl.h>             // defines: the casts of std::vector and std::optional
+#include <torch/csrc/utils/pybind.h>  // defines: the cast of at::Tensor
 
 #include <optional>  // defines: std::optional
 #include <string>    // defines: std::string
@@ -20,11 +20,16 @@ using Sizes = std::vector<int64_t>;
 
 Dtype dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::float32;
-    case at::kDouble: return Dtype::float64;
-    case at::kHalf: return Dtype::float16;
-    case at::kBFloat16: return Dtype::bfloat16;
-    default: TORCH_CHECK(false, "expected a floating point tensor, got ", x.scalar_type());
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kHalf:
+      return Dtype::float16;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    default:
+      TORCH_CHECK(false, "expected a floating point tensor, got ", x.scalar_type());
   }
 }
 
@@ -57,10 +62,10 @@ std::vector<Clip> clips_of(const Sizes& counts, const Sizes& outputs, bool ragge
 
 // As ATen chooses for its own kernels, ATEN_CPU_CAPABILITY included.
 #ifdef PPLLAVA_X86
-#define PPLLAVA_CALL(kernel, args)                             \
+#define PPLLAVA_CALL(kernel, args)                                \
   static const std::string capability = at::get_cpu_capability(); \
-  if (capability == "AVX512") return AVX512::kernel(args);     \
-  if (capability == "AVX2") return AVX2::kernel(args);         \
+  if (capability == "AVX512") return AVX512::kernel(args);        \
+  if (capability == "AVX2") return AVX2::kernel(args);            \
   DEFAULT::kernel(args)
 #else
 #define PPLLAVA_CALL(kernel, args) DEFAULT::kernel(args)

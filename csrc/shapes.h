@@ -7,10 +7,10 @@ namespace ppllava {
 
 enum class Dtype { float32, float64, float16, bfloat16 };
 
-// A tensor over (batch, frame, row, column) with a contiguous channel axis, if it has one. Ragged batches share one frame
-// axis and have a batch stride of 0.
+// A tensor over (batch, frame, row, column) with a contiguous channel axis, if it has one. Ragged batches share one
+// frame axis and have a batch stride of 0.
 struct Grid {
-  void* data;         // null: not given
+  void* data;  // null: not given
   Dtype dtype;
   int64_t stride[4];  // of (batch, frame, row, column), in elements
 
@@ -21,7 +21,7 @@ struct Grid {
 
 // The frames of one video, in the input and in the pooled output.
 struct Clip {
-  int64_t first_frame;   // on the frame axis of the input: 0 for dense batches
+  int64_t first_frame;  // on the frame axis of the input: 0 for dense batches
   int64_t frames;
   int64_t first_output;  // on the packed frame axis of the output
   int64_t outputs;
@@ -54,13 +54,13 @@ struct Window {
 
 // Y[o] = sum over i in window o of softmax(weights[i] / temperature) * values[i]
 struct PoolArgs {
-  Grid values, weights;                    // [B, T, H, W, D], [B, T, H, W] in the accumulator's dtype
-  void* pooled;                            // [outputs, Ho, Wo, D], the dtype of values
-  const void* grad;                        // [outputs, Ho, Wo, D]; backward only
-  Grid grad_values;                        // [B, T, H, W, D]
-  Grid grad_weights;                       // [B, T, H, W] in the accumulator's dtype
-  void *shares, *grad_scores;              // [outputs, Ho, Wo, largest...] in the accumulator's dtype
-  const Clip* clips;                       // [batch]
+  Grid values, weights;        // [B, T, H, W, D], [B, T, H, W] in the accumulator's dtype
+  void* pooled;                // [outputs, Ho, Wo, D], the dtype of values
+  const void* grad;            // [outputs, Ho, Wo, D]; backward only
+  Grid grad_values;            // [B, T, H, W, D]
+  Grid grad_weights;           // [B, T, H, W] in the accumulator's dtype
+  void *shares, *grad_scores;  // [outputs, Ho, Wo, largest...] in the accumulator's dtype
+  const Clip* clips;           // [batch]
   int64_t batch, outputs, height, width, channels;
   Window window;
   double temperature;
@@ -68,14 +68,14 @@ struct PoolArgs {
 
 // relevance[i] = softmax over one clip of scale * cos(image_embeds[i], text_embeds)
 struct RelevanceArgs {
-  Grid image_embeds;         // [B, T, H, W, C]
-  const void* text_embeds;   // [B, C] in the accumulator's dtype
-  void* relevance;           // [B, T, H, W] in the accumulator's dtype
-  const void* grad;          // [B, T, H, W]; backward only
-  Grid grad_image;           // [B, T, H, W, C]
-  void* grad_text;           // [B, C] in the accumulator's dtype
-  void* grad_scale;          // [1]
-  const Clip* clips;         // [batch]
+  Grid image_embeds;        // [B, T, H, W, C]
+  const void* text_embeds;  // [B, C] in the accumulator's dtype
+  void* relevance;          // [B, T, H, W] in the accumulator's dtype
+  const void* grad;         // [B, T, H, W]; backward only
+  Grid grad_image;          // [B, T, H, W, C]
+  void* grad_text;          // [B, C] in the accumulator's dtype
+  void* grad_scale;         // [1]
+  const Clip* clips;        // [batch]
   int64_t batch, height, width, channels;
   double scale;
 };

@@ -121,7 +121,9 @@ def check_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tupl
     """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
     if not isinstance(logit_scale, Tensor):
         if not isinstance(logit_scale, (int, float)) or not abs(logit_scale) < float("inf"):
-            raise TypeError(f"logit_scale must be a finite float or a tensor, got {logit_scale!r}; pass exp(logit_scale)")
+            raise TypeError(
+                f"logit_scale must be a finite float or a tensor, got {logit_scale!r}; pass exp(logit_scale)"
+            )
         return float(logit_scale), None
     if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:
         raise ValueError(

@@ -53,9 +53,7 @@ def prompt_relevance_fake(image_embeds, text_embeds, scale_tensor, scale, cu_fra
     return image_embeds.new_empty(image_embeds.shape[:-1], dtype=_accumulator(image_embeds))
 
 
-@_register(
-    f"prompt_relevance_backward(Tensor grad, Tensor relevance, {_EMBEDS}, {_WHERE}) -> (Tensor, Tensor, Tensor)"
-)
+@_register(f"prompt_relevance_backward(Tensor grad, Tensor relevance, {_EMBEDS}, {_WHERE}) -> (Tensor, Tensor, Tensor)")
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
     return BACKENDS[backend].prompt_relevance_backward(
         grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames
@@ -63,9 +61,7 @@ def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_
 
 
 @_fake
-def prompt_relevance_backward_fake(
-    grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend
-):
+def prompt_relevance_backward_fake(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
     grad_scale = grad.new_empty((), dtype=_accumulator(image_embeds))
     return image_embeds.new_empty(image_embeds.shape), text_embeds.new_empty(text_embeds.shape), grad_scale
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import triton

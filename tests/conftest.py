@@ -5,8 +5,8 @@ import os
 # Before torch starts its threads: several test processes share the cores, and idle threads must not spin on them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -48,7 +48,9 @@ def op_arguments():
             yield "weighted_pool3d_backward", (*arguments, False, True)
 
 
-@pytest.mark.parametrize(("op", "arguments"), [pytest.param(*x, id=f"{x[0]}-{n}") for n, x in enumerate(op_arguments())])
+@pytest.mark.parametrize(
+    ("op", "arguments"), [pytest.param(*x, id=f"{x[0]}-{n}") for n, x in enumerate(op_arguments())]
+)
 def test_opcheck(op, arguments):
     # Without the NaN fill: opcheck wants two runs to be equal, and unneeded outputs are empty.
     ragged_kernel = arguments[-2 if "backward" not in op else -4] is not None and any(x == (2, 3, 3) for x in arguments)
@@ -169,9 +171,7 @@ def test_autocast_leaves_scores_alone(backend):
 
 def test_meta_tensors_have_shapes():
     values, image, text = (x.to("meta") for x in inputs())
-    pooled, relevance = prompt_guided_pool3d(
-        values, image, text, return_relevance=True, backend="reference", **KERNEL
-    )
+    pooled, relevance = prompt_guided_pool3d(values, image, text, return_relevance=True, backend="reference", **KERNEL)
     assert pooled.shape == (2, 2, 1, 1, 24)
     assert relevance.shape == (2, 4, 3, 3)
 

@@ -4,12 +4,12 @@
 
 #include "../shapes.h"  // defines: PoolArgs, RelevanceArgs
 
-#define PPLLAVA_DECLARE_CPU_KERNELS(capability)          \
-  namespace ppllava::capability {                        \
-  void prompt_relevance(const RelevanceArgs&);           \
-  void prompt_relevance_backward(const RelevanceArgs&);  \
-  void weighted_pool3d(const PoolArgs&);                 \
-  void weighted_pool3d_backward(const PoolArgs&);        \
+#define PPLLAVA_DECLARE_CPU_KERNELS(capability)         \
+  namespace ppllava::capability {                       \
+  void prompt_relevance(const RelevanceArgs&);          \
+  void prompt_relevance_backward(const RelevanceArgs&); \
+  void weighted_pool3d(const PoolArgs&);                \
+  void weighted_pool3d_backward(const PoolArgs&);       \
   }
 
 PPLLAVA_DECLARE_CPU_KERNELS(DEFAULT)

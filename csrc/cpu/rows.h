@@ -1,11 +1,11 @@
 // Rows of channels: everything that reads or writes them, vectorised over any dtype, accumulating in `Acc`.
 #pragma once
 
-#include <ATen/Parallel.h>             // defines: at::parallel_for
-#include <ATen/cpu/vec/functional.h>   // defines: at::vec::vec_reduce_all
-#include <ATen/cpu/vec/vec.h>          // defines: at::vec::Vectorized, convert_to_float, convert_from_float
-#include <c10/util/BFloat16.h>         // defines: c10::BFloat16
-#include <c10/util/Half.h>             // defines: c10::Half
+#include <ATen/Parallel.h>            // defines: at::parallel_for
+#include <ATen/cpu/vec/functional.h>  // defines: at::vec::vec_reduce_all
+#include <ATen/cpu/vec/vec.h>         // defines: at::vec::Vectorized, convert_to_float, convert_from_float
+#include <c10/util/BFloat16.h>        // defines: c10::BFloat16
+#include <c10/util/Half.h>            // defines: c10::Half
 
 #include <cmath>        // defines: std::exp, std::sqrt
 #include <type_traits>  // defines: std::conditional_t
@@ -122,8 +122,9 @@ std::pair<Accumulator<T>, Accumulator<T>> dot_and_square(const T* row, const Acc
   return {dot, square};
 }
 
-// The mean of x under weights p, and x - mean. Where one p is almost 1 its x - mean is far smaller than x: a mean rounded
-// once would leave an error there that the temperature makes 100 times larger. So a second sum takes up the rounding.
+// The mean of x under weights p, and x - mean. Where one p is almost 1 its x - mean is far smaller than x: a mean
+// rounded once would leave an error there that the temperature makes 100 times larger. So a second sum takes up the
+// rounding.
 template <class Acc>
 class Mean {
  public:
@@ -148,10 +149,14 @@ class Mean {
 template <class Function>
 void with_type(Dtype dtype, Function function) {
   switch (dtype) {
-    case Dtype::float32: return function(float{});
-    case Dtype::float64: return function(double{});
-    case Dtype::float16: return function(c10::Half{});
-    case Dtype::bfloat16: return function(c10::BFloat16{});
+    case Dtype::float32:
+      return function(float{});
+    case Dtype::float64:
+      return function(double{});
+    case Dtype::float16:
+      return function(c10::Half{});
+    case Dtype::bfloat16:
+      return function(c10::BFloat16{});
   }
 }
 

@@ -20,8 +20,8 @@ Axis axis_of(const PoolArgs& a, const Clip& clip, int n) {
 }
 
 int64_t clip_of_output(const PoolArgs& a, int64_t output) {
-  const Clip* clip = std::upper_bound(
-      a.clips, a.clips + a.batch, output, [](int64_t o, const Clip& c) { return o < c.first_output; });
+  const Clip* clip =
+      std::upper_bound(a.clips, a.clips + a.batch, output, [](int64_t o, const Clip& c) { return o < c.first_output; });
   return clip - a.clips - 1;
 }
 
@@ -110,13 +110,13 @@ void backward_windows(const PoolArgs& a) {
       dots.assign(count, 0);
       if (a.grad_scores) {
         load_row(grad.data(), static_cast<const T*>(a.grad) + window * a.channels, a.channels);
-        for (int64_t i = 0; i < count; ++i)
-          dots[i] = dot_and_square(patches.rows[i], grad.data(), a.channels).first;
+        for (int64_t i = 0; i < count; ++i) dots[i] = dot_and_square(patches.rows[i], grad.data(), a.channels).first;
         mean = Mean<Acc>(patches.shares.data(), dots.data(), count);
       }
       int64_t i = 0;
       for_each_patch(place, [&](int64_t t, int64_t h, int64_t w) {
-        const int64_t inside = ((t - place.begin[0]) * largest[1] + h - place.begin[1]) * largest[2] + w - place.begin[2];
+        const int64_t inside =
+            ((t - place.begin[0]) * largest[1] + h - place.begin[1]) * largest[2] + w - place.begin[2];
         const Acc share = patches.shares[i];
         static_cast<Acc*>(a.shares)[window * volume + inside] = share;
         if (a.grad_scores) {
@@ -153,11 +153,9 @@ void backward_patches(const PoolArgs& a) {
       for (int64_t t = axes[0].first(at[0]); t < axes[0].last(at[0]); ++t)
         for (int64_t h = axes[1].first(at[1]); h < axes[1].last(at[1]); ++h)
           for (int64_t w = axes[2].first(at[2]); w < axes[2].last(at[2]); ++w) {
-            const int64_t window =
-                ((clip.first_output + t) * a.window.outputs[1] + h) * a.window.outputs[2] + w;
+            const int64_t window = ((clip.first_output + t) * a.window.outputs[1] + h) * a.window.outputs[2] + w;
             const int64_t inside[3] = {at[0] - axes[0].begin(t), at[1] - axes[1].begin(h), at[2] - axes[2].begin(w)};
-            const int64_t slot =
-                ((window * largest[0] + inside[0]) * largest[1] + inside[1]) * largest[2] + inside[2];
+            const int64_t slot = ((window * largest[0] + inside[0]) * largest[1] + inside[1]) * largest[2] + inside[2];
             rows.push_back(static_cast<const T*>(a.grad) + window * a.channels);
             shares.push_back(static_cast<const Acc*>(a.shares)[slot]);
             if (a.grad_scores) grad_weight += static_cast<const Acc*>(a.grad_scores)[slot];

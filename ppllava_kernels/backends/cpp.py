@@ -75,9 +75,7 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
     )
 
 
-def prompt_guided_pool3d(
-    values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames
-):
+def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames):
     relevance = prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames)
     return weighted_pool3d(values, relevance, window, temperature, cu_frames), relevance
 

@@ -58,7 +58,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _windows(size, window: Window, device):
-    """For each axis the patches of its windows: indices [O, K], clamped to the window, and which are inside it [O, K]."""
+    """For each axis the patches of its windows: indices [O, K], clamped to the window, and what is inside it [O, K]."""
     axes = []
     spans, outputs = largest_window(size[:1], *size[1:], window), output_shape(size, *window)
     for axis, (n, k, o) in enumerate(zip(size, spans, outputs)):

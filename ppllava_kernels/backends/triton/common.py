@@ -80,7 +80,7 @@ def strides(x: Tensor | None, plan: Plan) -> tuple[int, ...]:
 
 def axes(plan: Plan) -> dict:
     """Sizes along (T, H, W): outputs O, kernel K, stride J (jump), largest window L, most windows on a patch M."""
-    names = "TO HO WO KT KH KW JT JH JW LT LH LW MT MH MW".split()
+    names = ["TO", "HO", "WO", "KT", "KH", "KW", "JT", "JH", "JW", "LT", "LH", "LW", "MT", "MH", "MW"]
     return dict(zip(names, plan.window), T=plan.frames, H=plan.height, W=plan.width, KERNEL=plan.kernel)
 
 

@@ -246,7 +246,11 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
     plan = make_plan(values, cu_frames, window)
     grad, empty = grad.contiguous(), values.new_empty(0)
     shares = torch.empty((plan.windows, plan.volume), dtype=torch.float32, device=values.device)
-    dots, means = (torch.empty_like(shares), shares.new_empty(plan.windows, dtype=torch.float64)) if need_weights else (None, None)
+    dots, means = (
+        (torch.empty_like(shares), shares.new_empty(plan.windows, dtype=torch.float64))
+        if need_weights
+        else (None, None)
+    )
     grad_values = values.new_empty(values.shape) if need_values else None
     grad_weights = weights.new_empty(weights.shape) if need_weights else None
     arguments = _shared(values, weights, plan)
@@ -258,7 +262,10 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
 
     arguments |= _strides("V", strides(grad_values, plan)) | _strides("W", strides(grad_weights, plan))
     second = dict(
-        grad_values=grad_values, grad_weights=grad_weights, ROWS=CONFIG.patches, NEED_VALUES=need_values,
+        grad_values=grad_values,
+        grad_weights=grad_weights,
+        ROWS=CONFIG.patches,
+        NEED_VALUES=need_values,
     )
     patches = plan.frames * plan.height * plan.width
     blocks = triton.cdiv(values.shape[-1], arguments["BLOCK_D"]) if need_values else 1

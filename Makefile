@@ -1,0 +1,50 @@
+# Everything here makes its own environment in .venv; a second run finds it ready.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+OUT ?= benchmarks/results
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: benchmark test lint format table dist smoke gpu clean
+
+benchmark: $(VENV)/ready  ## measure the ops and the model on this machine; JSON, PNG and the README's tables
+	$(BIN)/python -m benchmarks.kernels --out $(OUT)
+	$(BIN)/python -m benchmarks.throughput --out $(OUT)
+	$(BIN)/python -m benchmarks.table
+
+test: $(VENV)/ready  ## all tests that this machine can run
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(SOURCES)
+
+dist: $(VENV)/ready  ## sdist and wheel in dist/
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation
+
+smoke: dist  ## install the wheel into a second, fresh environment and use it outside of the checkout
+	$(PYTHON) tests/smoke.py "$(TORCH)" dist/*.whl
+
+gpu:  ## the GPU round, without network or .venv: build in place, test on the GPU, measure
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.kernels --device cuda --time-limit 300 --out $(OUT)
+
+# torch first and no build isolation: with it, pip would fetch the newest torch to build against.
+$(VENV)/ready: pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

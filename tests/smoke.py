@@ -1,0 +1,40 @@
+"""Install a wheel into a fresh environment and use it outside of the checkout.
+
+python tests/smoke.py "torch==2.13.0" dist/ppllava_kernels-0.1.0-....whl
+"""
+
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+SCRIPT = """
+import sys
+import torch
+import ppllava_kernels
+from ppllava_kernels import prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+
+assert ppllava_kernels.why_not("cpp") is None, ppllava_kernels.why_not("cpp")
+assert "triton" not in sys.modules and "transformers" not in sys.modules
+values, image, text = torch.randn(1, 4, 6, 6, 32), torch.randn(1, 4, 6, 6, 16), torch.randn(1, 16)
+expected = prompt_guided_pool3d(values, image, text, kernel_size=(2, 3, 3), backend="reference")
+pooled = prompt_guided_pool3d(values, image, text, kernel_size=(2, 3, 3), backend="cpp")
+torch.testing.assert_close(pooled, expected)
+pooled = weighted_pool3d(values, prompt_relevance(image, text), kernel_size=(2, 3, 3))
+torch.testing.assert_close(pooled, expected)
+print("smoke test passed:", ppllava_kernels.__file__, ppllava_kernels.compatible_backends(values))
+"""
+
+
+def main(torch: str, wheel: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        for package in (torch, str(Path(wheel).resolve())):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+        subprocess.run([python, "-c", SCRIPT], cwd=folder, check=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
