@@ -15,7 +15,7 @@ DENSE, RAGGED = "B, T, H, W", "F, H, W"
 
 
 def check_tensors(cu_frames: Tensor | None, **named: Tensor | None) -> None:
-    """dtype, device and size of every tensor, then `cu_frames`; the values of `cu_frames` are checked where it is read."""
+    """dtype and device of every tensor, then `cu_frames`; the values of `cu_frames` are checked where it is read."""
     given = {name: x for name, x in named.items() if x is not None}
     for name, x in given.items():
         if not isinstance(x, Tensor):

@@ -1,8 +1,9 @@
-"""Shape arithmetic of the windows and of ragged batches: pure functions, shared by checks, fakes, backends and models."""
+"""Shape arithmetic of windows and of ragged batches: pure functions, shared by checks, fakes, backends and models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -120,14 +121,14 @@ def frame_counts(cu_frames: Tensor, total: int) -> list[int]:
     ends = cu_frames.tolist()  # [B+1]
     if ends[0] != 0:
         raise ValueError(f"cu_frames must start at 0, got {ends[0]}; prepend the 0 of the first video")
-    for b, (start, end) in enumerate(zip(ends, ends[1:])):
+    for b, (start, end) in enumerate(pairwise(ends)):
         if end < start:
             raise ValueError(f"cu_frames must not decrease, got {start} then {end} for video {b}; pass cumulative sums")
         if end == start:
             raise ValueError(f"cu_frames must give every video a frame, got none for video {b}; leave that video out")
     if ends[-1] != total:
         raise ValueError(f"cu_frames must end at F = {total}, the packed frames, got {ends[-1]}; check the last length")
-    return [end - start for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def ragged_outputs(counts: list[int], height: int, width: int, window: Window) -> list[int]:

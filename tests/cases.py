@@ -82,7 +82,7 @@ LAYOUTS = dict(contiguous=contiguous, permuted=permuted, sliced=sliced, expanded
 
 
 def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, torch.Tensor]:
-    """values, image_embeds, text_embeds, weights and logit_scale on the CPU; the guidance of a real video's strength."""
+    """values, image_embeds, text_embeds, weights and logit_scale on the CPU."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

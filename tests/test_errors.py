@@ -67,7 +67,8 @@ CHANGES = {
     "channels": (
         dict(text_embeds=torch.randn(B, C + 1)),
         ValueError,
-        "text_embeds must have the 16 channels of image_embeds, got 17; use image and text embeddings of one CLIP model",
+        "text_embeds must have the 16 channels of image_embeds, got 17; "
+        "use image and text embeddings of one CLIP model",
     ),
     "empty_batch": (
         dict(values=torch.randn(0, T, H, W, D)),
@@ -198,20 +199,76 @@ def test_dense(change, backend):
 
 
 CU_FRAMES = {
-    "int64": (torch.tensor([0, 3, 8]), TypeError, "cu_frames must be an int32 tensor, got torch.int64; use torch.tensor(..., dtype=torch.int32)"),
-    "list": ([0, 3, 8], TypeError, "cu_frames must be an int32 tensor, got list; use torch.tensor(..., dtype=torch.int32)"),
-    "rank": (int32(0, 3, 8)[None], ValueError, "cu_frames must be [B+1] for at least one video, got shape [1, 3]; pass 0 and the cumulative sum of the frames of each video"),
-    "no_video": (int32(0), ValueError, "cu_frames must be [B+1] for at least one video, got shape [1]; pass 0 and the cumulative sum of the frames of each video"),
-    "start": (int32(1, 3, 8), ValueError, "cu_frames must start at 0, got 1; prepend the 0 of the first video"),
-    "decreasing": (int32(0, 9, 8), ValueError, "cu_frames must not decrease, got 9 then 8 for video 1; pass cumulative sums"),
-    "negative": (int32(0, -2, 8), ValueError, "cu_frames must not decrease, got 0 then -2 for video 0; pass cumulative sums"),
-    "empty_video": (int32(0, 8, 8), ValueError, "cu_frames must give every video a frame, got none for video 1; leave that video out"),
-    "end_early": (int32(0, 3, 7), ValueError, "cu_frames must end at F = 8, the packed frames, got 7; check the last length"),
-    "end_late": (int32(0, 3, 9), ValueError, "cu_frames must end at F = 8, the packed frames, got 9; check the last length"),
-    "device": (Meta.cu_frames, ValueError, "cu_frames must be on the CPU or on the device of values, cpu, got meta; keep it on the CPU, which also saves a synchronisation"),
-    "batch": (int32(0, 3, 5, 8), ValueError, "text_embeds must be [B, C] with B = 3 videos, got B = 2; one row for each video"),
-    "short_video": (int32(0, 1, 8), ValueError, "kernel_size must fit into video 0 of cu_frames, got kernel_size (2, 3, 3) for (T, H, W) = (1, 6, 6); use a smaller kernel_size, or output_size, which fits any clip"),
-}  # fmt: skip
+    "int64": (
+        torch.tensor([0, 3, 8]),
+        TypeError,
+        "cu_frames must be an int32 tensor, got torch.int64; use torch.tensor(..., dtype=torch.int32)",
+    ),
+    "list": (
+        [0, 3, 8],
+        TypeError,
+        "cu_frames must be an int32 tensor, got list; use torch.tensor(..., dtype=torch.int32)",
+    ),
+    "rank": (
+        int32(0, 3, 8)[None],
+        ValueError,
+        "cu_frames must be [B+1] for at least one video, got shape [1, 3]; "
+        "pass 0 and the cumulative sum of the frames of each video",
+    ),
+    "no_video": (
+        int32(0),
+        ValueError,
+        "cu_frames must be [B+1] for at least one video, got shape [1]; "
+        "pass 0 and the cumulative sum of the frames of each video",
+    ),
+    "start": (
+        int32(1, 3, 8),
+        ValueError,
+        "cu_frames must start at 0, got 1; prepend the 0 of the first video",
+    ),
+    "decreasing": (
+        int32(0, 9, 8),
+        ValueError,
+        "cu_frames must not decrease, got 9 then 8 for video 1; pass cumulative sums",
+    ),
+    "negative": (
+        int32(0, -2, 8),
+        ValueError,
+        "cu_frames must not decrease, got 0 then -2 for video 0; pass cumulative sums",
+    ),
+    "empty_video": (
+        int32(0, 8, 8),
+        ValueError,
+        "cu_frames must give every video a frame, got none for video 1; leave that video out",
+    ),
+    "end_early": (
+        int32(0, 3, 7),
+        ValueError,
+        "cu_frames must end at F = 8, the packed frames, got 7; check the last length",
+    ),
+    "end_late": (
+        int32(0, 3, 9),
+        ValueError,
+        "cu_frames must end at F = 8, the packed frames, got 9; check the last length",
+    ),
+    "device": (
+        Meta.cu_frames,
+        ValueError,
+        "cu_frames must be on the CPU or on the device of values, cpu, got meta; "
+        "keep it on the CPU, which also saves a synchronisation",
+    ),
+    "batch": (
+        int32(0, 3, 5, 8),
+        ValueError,
+        "text_embeds must be [B, C] with B = 3 videos, got B = 2; one row for each video",
+    ),
+    "short_video": (
+        int32(0, 1, 8),
+        ValueError,
+        "kernel_size must fit into video 0 of cu_frames, got kernel_size (2, 3, 3) for (T, H, W) = (1, 6, 6); "
+        "use a smaller kernel_size, or output_size, which fits any clip",
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
@@ -236,13 +293,13 @@ def test_the_other_ops_check_as_well():
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         weighted_pool3d(torch.randn(B, T, H, W, D), torch.rand(B, T * H * W), **WINDOW)
-    with pytest.raises(TypeError, match="^weights must be float32"):
+    with pytest.raises(TypeError, match=r"^weights must be float32"):
         weighted_pool3d(torch.randn(B, T, H, W, D), torch.ones(B, T, H, W, dtype=torch.bool), **WINDOW)
-    with pytest.raises(ValueError, match="^text_embeds must have the 16 channels"):
+    with pytest.raises(ValueError, match=r"^text_embeds must have the 16 channels"):
         prompt_relevance(torch.randn(B, T, H, W, C), torch.randn(B, 3))
-    with pytest.raises(ValueError, match="^exactly one of kernel_size and output_size"):
+    with pytest.raises(ValueError, match=r"^exactly one of kernel_size and output_size"):
         PromptGuidedPool3d()
-    with pytest.raises(ValueError, match="^temperature must be positive and finite, got -1"):
+    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got -1"):
         PromptGuidedPool3d(2, temperature=-1)
 
 
@@ -285,5 +342,5 @@ def test_cpp_that_was_not_built(monkeypatch):
     assert ppllava_kernels.why_not("cpp") == "the C++ extension is not there"
     assert "cpp" not in ppllava_kernels.compatible_backends(torch.ones(1))
     assert weighted_pool3d(good()["values"], None, **WINDOW).shape == (B, 2, 2, 2, D)
-    with pytest.raises(ValueError, match="^backend='cpp' cannot run: the C\\+\\+ extension is not there$"):
+    with pytest.raises(ValueError, match=r"^backend='cpp' cannot run: the C\+\+ extension is not there$"):
         weighted_pool3d(good()["values"], None, **WINDOW, backend="cpp")

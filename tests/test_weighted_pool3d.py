@@ -85,7 +85,7 @@ def golden_outputs():
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize(("case", "name"), sorted(golden_outputs(), key=lambda p: p.id))
 def test_golden(case, name, backend):
-    """The original's own outputs; its windows for `output_size` alone, not PyTorch's, are named by kernel and stride."""
+    """The original's own outputs; its windows for `output_size`, not PyTorch's, are named by kernel and stride."""
     inputs, outputs = load_file(GOLDEN / "inputs.safetensors"), load_file(GOLDEN / "outputs.safetensors")
     meta = META[case]["outputs"][name]
     dtype = {None: torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[meta.get("dtype")]
@@ -96,7 +96,7 @@ def test_golden(case, name, backend):
         values, weights, kernel_size=window["kernel"], stride=window["stride"], temperature=meta["temperature"],
         backend=backend,
     )  # fmt: skip
-    # In low precision the original also computes its softmax there: scores / 0.01 are rounded to about 1 % of themselves.
+    # In low precision the original computes its softmax there, too: scores / 0.01 are rounded to about 1 %.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     expected = outputs[name].to(dtype)
     torch.testing.assert_close(channels_first(pooled), expected, rtol=tolerance, atol=tolerance)

@@ -208,7 +208,8 @@ def backward_patches(
     if NEED_VALUES:
         rows = grad_values + patch_offset(b, first + t, h, w, VB, VT, VH, VW)[:, None] + d[None, :]
         tl.store(rows, grad_value.to(grad_values.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
-    if NEED_WEIGHTS:
+    # Not one condition: NEED_WEIGHTS is known when this is compiled, and leaves no code.
+    if NEED_WEIGHTS:  # noqa: SIM102
         if tl.program_id(1) == 0:
             out = grad_weights + patch_offset(b, first + t, h, w, WB, WT, WH, WW)
             tl.store(out, grad_weight.to(grad_weights.dtype.element_ty), mask=valid)
@@ -246,11 +247,8 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
     plan = make_plan(values, cu_frames, window)
     grad, empty = grad.contiguous(), values.new_empty(0)
     shares = torch.empty((plan.windows, plan.volume), dtype=torch.float32, device=values.device)
-    dots, means = (
-        (torch.empty_like(shares), shares.new_empty(plan.windows, dtype=torch.float64))
-        if need_weights
-        else (None, None)
-    )
+    dots = torch.empty_like(shares) if need_weights else None
+    means = shares.new_empty(plan.windows, dtype=torch.float64) if need_weights else None
     grad_values = values.new_empty(values.shape) if need_values else None
     grad_weights = weights.new_empty(weights.shape) if need_weights else None
     arguments = _shared(values, weights, plan)
