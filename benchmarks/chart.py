@@ -67,7 +67,7 @@ def draw(path: Path) -> str:
         f"{report.machine_line(machine)}",
         fontsize=9,
     )
-    return _save(figure, path)
+    return _save(pyplot, figure, path)
 
 
 def draw_throughput(path: Path) -> str:
@@ -117,7 +117,7 @@ def draw_throughput(path: Path) -> str:
         f"{report.machine_line(results['machine'])}",
         fontsize=8,
     )
-    return _save(figure, path)
+    return _save(pyplot, figure, path)
 
 
 NO_MATPLOTLIB = "left out the chart, matplotlib is not installed"
@@ -134,10 +134,10 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, path: Path) -> str:
+def _save(pyplot, figure, path: Path) -> str:
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110, metadata={"Source": fingerprint(path)})
-    figure.clear()
+    pyplot.close(figure)
     return f"wrote {target}"
 
 

@@ -1,0 +1,33 @@
+"""The README's Python runs as it stands, its tables are those of the JSON files, its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    namespace = {}
+    for block in blocks:  # in order, as a reader pastes them
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"\bmake ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    defined = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"benchmark", "test", "gpu"} <= targets <= defined
+
+
+def test_tables_are_generated():
+    run = subprocess.run([sys.executable, "-m", "benchmarks.table", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
