@@ -2,15 +2,16 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
-OUT ?= benchmarks/results
+# Where results go; by default benchmarks/results/<device>/.
+OUT ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: benchmark test lint format table dist smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the ops and the model on this machine; JSON, PNG and the README's tables
-	$(BIN)/python -m benchmarks.kernels --out $(OUT)
-	$(BIN)/python -m benchmarks.throughput --out $(OUT)
+	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.table
 
 test: $(VENV)/ready  ## all tests that this machine can run
@@ -36,7 +37,7 @@ smoke: dist  ## install the wheel into a second, fresh environment and use it ou
 gpu:  ## the GPU round, without network or .venv: build in place, test on the GPU, measure
 	$(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks.kernels --device cuda --time-limit 300 --out $(OUT)
+	$(PYTHON) -m benchmarks.kernels --device cuda --time-limit 300 $(if $(OUT),--out $(OUT))
 
 # torch first and no build isolation: with it, pip would fetch the newest torch to build against.
 $(VENV)/ready: pyproject.toml setup.py $(SOURCES)

@@ -114,7 +114,7 @@ def throughput_device(result: dict) -> str:
     order = " / ".join([PPLLAVA, *peers])
     note = [
         f"x: how many times better than {' / than '.join(peers)}; below 1 is worse. FLOPs: theirs over ours up to the "
-        "first token, so as much of the first ratio as arithmetic explains.",
+        "first token, what arithmetic alone would make of that ratio.",
         *([f"Times and videos/s: {order}."] if cuda else []),
         f"Sizes of `{setup['preset']}` with random weights, {setup['dtype']}, batch {setup['batch']}, "
         f"{setup['new_tokens']} new tokens; frames of one H.264 file for all, timed in turns.",

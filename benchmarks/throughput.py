@@ -73,6 +73,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     args.frames = sorted(set(args.frames))
+    if args.frames[0] < 2:
+        parser.error(f"--frames must be at least 2, what one window pools, got {args.frames[0]}")
     return args
 
 
@@ -230,7 +232,11 @@ def run(args: argparse.Namespace, save: Callable[[list[VideoRow]], object]) -> l
     rows: list[VideoRow] = []
     with report.progress() as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("encode the clip, build the models", total=len(args.frames))
-        benchmark = Benchmark(args, Path(folder))
+        try:
+            benchmark = Benchmark(args, Path(folder))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            both = f"both models of {args.preset} in {args.dtype}"
+            raise SystemExit(f"{both} do not fit on {args.device} side by side; pass a smaller --preset") from error
         for frames in args.frames:
             progress.update(task, description=f"{args.preset} {args.dtype}, {frames} frames")
             some = benchmark.rows(frames)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from close import assert_close, nudged
+from close import assert_close
 
 import ppllava_kernels
+from benchmarks.gate import nudged
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
