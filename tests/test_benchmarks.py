@@ -214,7 +214,7 @@ def test_gate_allows_twice_what_is_unavoidable():
         if passes:
             close.assert_close("x", actual, others, exact)
         else:
-            with pytest.raises(AssertionError, match="x: error .* is not <= "):
+            with pytest.raises(AssertionError, match=r"x: error .* is not <= "):
                 close.assert_close("x", actual, others, exact)
 
 
