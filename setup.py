@@ -18,9 +18,12 @@ if X86:
     CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
-# -fopenmp is for the compiler alone: the extension then shares PyTorch's own OpenMP threads instead of linking a second
-# runtime, so that torch.set_num_threads counts.
+# With gcc -fopenmp is for the compiler alone: the extension then shares PyTorch's own OpenMP threads instead of linking
+# a second runtime. What clang makes of it needs clang's runtime.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform == "linux" else [])
+
+
+LINK = ["-fopenmp"] if sys.platform == "linux" and "clang" in get_cxx_compiler() else []
 
 
 class BuildKernels(BuildExtension):
@@ -58,6 +61,7 @@ setup(
             "ppllava_kernels._C",
             ["csrc/bindings.cpp"],
             extra_compile_args=FLAGS + (["-DPPLLAVA_X86"] if X86 else []),
+            extra_link_args=LINK,
             depends=[str(path) for path in Path("csrc").rglob("*.h")],
         )
     ],

@@ -48,14 +48,13 @@ void* data_of(const OptionalTensor& x) {
   return x->data_ptr();
 }
 
-// counts, outputs: input and output frames of each clip; ragged: the clips share one frame axis.
-std::vector<Clip> clips_of(const Sizes& counts, const Sizes& outputs, bool ragged) {
+// counts: frames of each clip; ragged: the clips share one frame axis.
+std::vector<Clip> clips_of(const Sizes& counts, bool ragged) {
   std::vector<Clip> clips;
-  int64_t frame = 0, output = 0;
-  for (size_t b = 0; b < counts.size(); ++b) {
-    clips.push_back({ragged ? frame : 0, counts[b], output, outputs.empty() ? 0 : outputs[b]});
-    frame += counts[b];
-    output += clips.back().outputs;
+  int64_t frame = 0;
+  for (const int64_t count : counts) {
+    clips.push_back({ragged ? frame : 0, count});
+    frame += count;
   }
   return clips;
 }
@@ -77,7 +76,7 @@ struct Relevance {
 
   Relevance(const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale, const Sizes& counts) {
     const bool ragged = image_embeds.dim() == 4;
-    clips = clips_of(counts, {}, ragged);
+    clips = clips_of(counts, ragged);
     args = {};
     args.image_embeds = grid_of(image_embeds, ragged ? 3 : 4);
     args.text_embeds = data_of(text_embeds);
@@ -118,18 +117,17 @@ struct Pool {
   PoolArgs args;
   int axes;
 
-  // window: kernel and stride (zeros: adaptive), windows along (T, H, W), most positions in one window.
+  // window: kernel and stride (zeros: adaptive), windows along (T, H, W), rows and columns in the largest window.
+  // outputs, spans: pooled frames of each clip, and frames in its largest window.
   Pool(
-      const at::Tensor& values, const OptionalTensor& weights, const std::vector<Sizes>& window, double temperature,
-      const Sizes& counts, const Sizes& outputs)
+      const at::Tensor& values, const OptionalTensor& weights, double temperature, const std::vector<Sizes>& window,
+      const Sizes& counts, const Sizes& outputs, const Sizes& spans)
       : axes(values.dim() - 1) {
-    clips = clips_of(counts, outputs, axes == 3);
+    clips = clips_of(counts, axes == 3);
     args = {};
     args.values = grid_of(values, axes);
     args.weights = grid_of(weights, axes);
-    args.clips = clips.data();
     args.batch = clips.size();
-    for (const Clip& clip : clips) args.outputs += clip.outputs;
     args.height = values.size(-3);
     args.width = values.size(-2);
     args.channels = values.size(-1);
@@ -138,15 +136,27 @@ struct Pool {
       args.window.kernel[n] = window.at(0).at(n);
       args.window.stride[n] = window.at(1).at(n);
       args.window.outputs[n] = window.at(2).at(n);
-      args.window.largest[n] = window.at(3).at(n);
     }
+    args.window.high = window.at(3).at(0);
+    args.window.wide = window.at(3).at(1);
+    int64_t slot = 0;
+    for (size_t b = 0; b < clips.size(); ++b) {
+      Clip& clip = clips[b];
+      clip.first_output = args.outputs;
+      clip.outputs = outputs.at(b);
+      clip.span = spans.at(b);
+      clip.first_slot = slot;
+      args.outputs += clip.outputs;
+      slot += clip.outputs * args.window.outputs[1] * args.window.outputs[2] * args.window.slots(clip);
+    }
+    args.clips = clips.data();
   }
 };
 
 void weighted_pool3d(
-    const at::Tensor& pooled, const at::Tensor& values, const OptionalTensor& weights, const std::vector<Sizes>& window,
-    double temperature, const Sizes& counts, const Sizes& outputs) {
-  Pool call(values, weights, window, temperature, counts, outputs);
+    const at::Tensor& pooled, const at::Tensor& values, const OptionalTensor& weights, double temperature,
+    const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans) {
+  Pool call(values, weights, temperature, window, counts, outputs, spans);
   call.args.pooled = data_of(pooled);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(weighted_pool3d, call.args);
@@ -155,8 +165,9 @@ void weighted_pool3d(
 void weighted_pool3d_backward(
     const OptionalTensor& grad_values, const OptionalTensor& grad_weights, const at::Tensor& shares,
     const OptionalTensor& grad_scores, const at::Tensor& grad, const at::Tensor& values, const OptionalTensor& weights,
-    const std::vector<Sizes>& window, double temperature, const Sizes& counts, const Sizes& outputs) {
-  Pool call(values, weights, window, temperature, counts, outputs);
+    double temperature, const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs,
+    const Sizes& spans) {
+  Pool call(values, weights, temperature, window, counts, outputs, spans);
   call.args.grad_values = grid_of(grad_values, call.axes);
   call.args.grad_weights = grid_of(grad_weights, call.axes);
   call.args.shares = data_of(shares);

@@ -25,6 +25,8 @@ struct Clip {
   int64_t frames;
   int64_t first_output;  // on the packed frame axis of the output
   int64_t outputs;
+  int64_t span;        // frames in its largest window
+  int64_t first_slot;  // of its windows' patches in the scratch of the backward
 };
 
 // The windows of one axis: kernel and stride or, where kernel is 0, adaptive.
@@ -49,7 +51,14 @@ struct Axis {
 struct Window {
   int64_t kernel[3], stride[3];  // kernel 0: adaptive
   int64_t outputs[3];            // outputs[0] is that of the clip and comes from Clip
-  int64_t largest[3];            // bound on the positions in one window, over all clips
+  int64_t high, wide;            // rows and columns in the largest window
+
+  // Scratch of the backward: for each window of a clip as many slots as its largest window has patches.
+  int64_t slots(const Clip& clip) const { return clip.span * high * wide; }
+  int64_t slot(const Clip& clip, int64_t window, int64_t t, int64_t h, int64_t w) const {
+    const int64_t local = window - clip.first_output * outputs[1] * outputs[2];
+    return clip.first_slot + ((local * clip.span + t) * high + h) * wide + w;
+  }
 };
 
 // Y[o] = sum over i in window o of softmax(weights[i] / temperature) * values[i]
@@ -59,7 +68,7 @@ struct PoolArgs {
   const void* grad;            // [outputs, Ho, Wo, D]; backward only
   Grid grad_values;            // [B, T, H, W, D]
   Grid grad_weights;           // [B, T, H, W] in the accumulator's dtype
-  void *shares, *grad_scores;  // [outputs, Ho, Wo, largest...] in the accumulator's dtype
+  void *shares, *grad_scores;  // [slots]: each clip's windows x (span, high, wide)
   const Clip* clips;           // [batch]
   int64_t batch, outputs, height, width, channels;
   Window window;

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPTextModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -19,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from ppllava_kernels import pooled_size, prompt_guided_pool3d
 
 from .configuration_ppllava import PPLlavaConfig
+from .stretch import stretch_position_embedding, stretch_text_model
 
 
 @dataclass
@@ -54,6 +56,37 @@ class PPLlavaPreTrainedModel(PreTrainedModel):
             # As CLIP initialises its projections.
             init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
             init.normal_(module.text_projection.weight, std=self.config.guide_config.hidden_size**-0.5)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but strict: a parameter that the weights lack would be random, and only be logged.
+
+        Args: as in transformers; `ignore_mismatched_sizes=True` makes parameters of another shape random ones.
+
+        Raises:
+            ValueError: where the weights are not exactly those of the model; the message names them.
+        """
+        # True, or transformers would raise before the missing and unexpected keys are known.
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
+        shapes = [f"{name} {list(got)} instead of {list(expected)}" for name, got, expected in mismatched]
+        found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mis-shaped": shapes}
+        if wrong := "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in found.items() if keys):
+            remedy = ", or pass ignore_mismatched_sizes=True to make the mis-shaped ones random" if shapes else ""
+            raise ValueError(
+                f"the weights in {str(pretrained_model_name_or_path)!r} must be exactly those of {cls.__name__} with "
+                f"its config.json, got {wrong}; load a folder as save_pretrained wrote it{remedy}"
+            )
+        return (model, info) if output_loading_info else model
 
 
 class PPLlavaProjector(nn.Module):
@@ -94,6 +127,9 @@ class PPLlavaProjector(nn.Module):
 class PPLlavaModel(PPLlavaPreTrainedModel):
     """The towers, the projector and the language model without its head."""
 
+    # The head in a checkpoint of PPLlavaForConditionalGeneration.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # noqa: RUF012
+
     def __init__(self, config: PPLlavaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -122,6 +158,11 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
                 f"guide_input_ids must have at most the {limit} positions of the guide, got "
                 f"{guide_input_ids.shape[1]}; let PPLlavaProcessor truncate the question"
             )
+        if guide_attention_mask is not None and guide_attention_mask.shape != guide_input_ids.shape:
+            raise ValueError(
+                f"guide_attention_mask must have the shape of guide_input_ids, {list(guide_input_ids.shape)}, got "
+                f"{list(guide_attention_mask.shape)}; pass both as PPLlavaProcessor makes them"
+            )
         pooled = self.guide_tower(guide_input_ids, attention_mask=guide_attention_mask).pooler_output
         return self.text_projection(pooled)
 
@@ -148,6 +189,7 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
 
         Raises:
             ValueError: for shapes that do not fit together.
+            TypeError: for pixel values that are not floating point.
         """
         pixel_values, frames = _pack(pixel_values_videos, video_frames)
         if guide_input_ids is None:
@@ -241,9 +283,12 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)  # [N, S]
         features = torch.cat(tuple(videos)).to(inputs_embeds.device, inputs_embeds.dtype)  # [tokens, D]
         if not torch.compiler.is_compiling() and (found := int(mask.sum())) != len(features):
+            # Prompt lookup appends a piece of the prompt to it, placeholders included.
+            copied = f"with generate's prompt_lookup_num_tokens, which copies <video>, pass suppress_tokens=[{token}]"
             raise ValueError(
                 f"input_ids must hold one <video> token (id {token}) for each visual token, {len(features)} for the "
-                f"{len(videos)} videos, got {found}; let PPLlavaProcessor expand the prompt, and do not truncate it"
+                f"{len(videos)} videos, got {found}; let PPLlavaProcessor expand the prompt, and "
+                f"{copied if found > len(features) else 'do not truncate it'}"
             )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
 
@@ -350,38 +395,20 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         )
 
 
-def stretch_position_embedding(table: Tensor, keep: int = 20, factor: int = 4) -> Tensor:
-    """Long-CLIP's stretch of a position table: [L, D] -> [keep + factor * (L - keep), D], 77 -> 248.
-
-    The first `keep` rows are kept, the well-trained ones; after them each row is followed by factor - 1 rows
-    interpolated towards the next, and the last row by as many extrapolated with its last step.
-    """
-    if table.dim() != 2 or len(table) < keep + 2:
-        raise ValueError(
-            f"table must be [L, D] with L at least keep + 2 = {keep + 2}, got shape {list(table.shape)}; "
-            "pass the weight of a position embedding"
-        )
-    tail = table[keep:].to(torch.promote_types(table.dtype, torch.float32))  # [N, D]
-    step = torch.cat([tail[1:], 2 * tail[-1:] - tail[-2:-1]]) - tail  # [N, D]
-    share = torch.arange(factor, device=tail.device, dtype=tail.dtype) / factor  # [factor]
-    stretched = tail[:, None] + share[:, None] * step[:, None]  # [N, factor, D]
-    return torch.cat([table[:keep], stretched.flatten(0, 1).to(table.dtype)])
-
-
-def stretch_text_model(text_model: CLIPTextModel, keep: int = 20, factor: int = 4) -> CLIPTextModel:
-    """A copy of a stock CLIP text tower with its position table stretched, 77 -> 248, ready as `guide_tower`."""
-    state = text_model.state_dict()
-    name = "embeddings.position_embedding.weight"
-    state[name] = stretch_position_embedding(state[name], keep, factor)
-    config = copy.deepcopy(text_model.config)
-    config.max_position_embeddings = len(state[name])
-    stretched = CLIPTextModel(config).to(device=text_model.device, dtype=text_model.dtype)
-    stretched.load_state_dict(state)
-    return stretched.train(text_model.training)
+def _first(keys: Iterable[str], limit: int = 10) -> str:
+    """The first keys in order, and how many more there are."""
+    names = sorted(keys)
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _pack(pixel_values_videos: Tensor, video_frames: Tensor | None) -> tuple[Tensor, list[int]]:
     """(pixel_values [F, 3, S, S], frames of each video) for packed frames as well as for [B, T, 3, S, S]."""
+    if not pixel_values_videos.is_floating_point():
+        raise TypeError(
+            f"pixel_values_videos must be floating point, normalised as the vision tower wants it, got "
+            f"{pixel_values_videos.dtype}; let PPLlavaProcessor make it from the frames"
+        )
     shape = list(pixel_values_videos.shape)
     if video_frames is None:
         if len(shape) != 5:

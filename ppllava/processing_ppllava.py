@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -114,14 +116,13 @@ class PPLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: for input outside of the above; the message says what to do.
+            TypeError: for `num_frames` that is not an integer.
         """
         if images is not None or audio is not None:
             raise ValueError("images and audio are not supported yet, only text and videos; pass frames as videos")
-        if text is None:
-            raise ValueError(f"text must be a prompt or a list of prompts, got None; {self.video_token} marks a video")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}; the model takes torch tensors only")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = self._prompts(text)
         clips = [] if videos is None else list(_flatten(videos))
         counts = [prompt.count(self.video_token) for prompt in prompts]
         if sum(counts) != len(clips):
@@ -187,15 +188,24 @@ class PPLlavaProcessor(ProcessorMixin):
         if isinstance(video, (str, os.PathLike)):
             from .video import read_video  # needs PyAV, which decoded frames do not
 
-            count = None if fps is not None else num_frames or self.num_frames
+            count = self.num_frames if num_frames is None and fps is None else num_frames
             frames = torch.from_numpy(read_video(video, num_frames=count, fps=fps).frames)  # [T, H, W, 3]
         else:
             if fps is not None:
                 raise ValueError(f"fps={fps} needs the times of a file, got decoded frames; pass a path, or num_frames")
             frames = _as_tensor(getattr(video, "frames", video))
             if num_frames is not None:
+                if isinstance(num_frames, bool) or not isinstance(num_frames, Integral):
+                    raise TypeError(f"num_frames must be an int, got {num_frames!r}; pass for example 32")
                 frames = frames[sample_uniform(num_frames, len(frames))]
         return frames.permute(0, 3, 1, 2) if frames.shape[-1] == 3 else frames
+
+    def _prompts(self, text: Any) -> list[str]:
+        prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            got = reprlib.repr(text)  # shortened
+            raise ValueError(f"text must be a prompt or a list of prompts, got {got}; {self.video_token} marks a video")
+        return prompts
 
     def _guides(self, prompts: list[str], guide_text: str | Sequence[str] | None) -> list[str]:
         """The question of each prompt."""

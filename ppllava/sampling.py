@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 
@@ -18,8 +19,7 @@ def sample_uniform(num_frames: int, total_frames: int) -> np.ndarray:
     A clip shorter than `num_frames` repeats frames, as theirs does: the model always sees `num_frames` of them.
     """
     for name, value in (("num_frames", num_frames), ("total_frames", total_frames)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     segment = (total_frames - 1) / num_frames
     return int(segment / 2) + np.round(segment * np.arange(num_frames)).astype(np.int64)  # [num_frames]
 
@@ -55,18 +55,34 @@ def sample_fps(
     Where T would pass `max_frames`, that many of those times are kept, spread by `sample_uniform`.
     """
     timestamps = np.asarray(timestamps, dtype=np.float64)  # [N]
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be a positive number of frames per second, got {fps}")
+    check_fps(fps)
+    fps = float(fps)
+    if max_frames is not None:
+        check_count("max_frames", max_frames)
     sample_range(timestamps, start, end)  # the same errors
     begin, finish = start or 0.0, min(math.inf if end is None else end, float(timestamps[-1]))
     count = 1 + int(max(finish - begin + ROUNDING, 0.0) * fps)
-    if max_frames is not None and count > max_frames:
-        steps = sample_uniform(max_frames, count)  # [T]
-    elif count > 1 << 20:
-        raise ValueError(f"fps={fps} asks for {count} frames of this clip; pass a lower fps or max_frames")
-    else:
-        steps = np.arange(count)  # [T]
+    kept = count if max_frames is None else min(count, max_frames)
+    if kept > 1 << 20:
+        raise ValueError(f"fps={fps} asks for {kept} frames of this clip; pass a lower fps or max_frames")
+    steps = sample_uniform(kept, count) if kept < count else np.arange(count)  # [T]
     return _on_screen(timestamps, begin + steps / fps)
+
+
+def check_count(name: str, value: int) -> None:
+    """TypeError unless `value` is an integer, Python's or NumPy's; ValueError below 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}; pass a whole number such as 8")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_fps(fps: float) -> None:
+    """TypeError unless `fps` is a real number, Python's or NumPy's; ValueError unless it is positive and finite."""
+    if not isinstance(fps, numbers.Real) or isinstance(fps, bool):
+        raise TypeError(f"fps must be a number of frames per second, got {fps!r}; pass a number such as 2.0")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a positive number of frames per second, got {fps}")
 
 
 def _on_screen(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -20,7 +20,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from .sampling import sample_fps, sample_range, sample_uniform
+from .sampling import check_count, check_fps, sample_fps, sample_range, sample_uniform
+from .video_index import number_by_decoding, read_index
 
 MAX_BYTES = 8 << 30  # default limit on the RGB output of one call
 SEEK_COST = 5  # frames; of 0, 5, 10 and 20 the fastest for 8 to 64 of 900 frames, 640x360 H.264, on 2 CPU cores
@@ -113,7 +114,7 @@ class PyAVReader:
     Opening reads every packet and decodes one frame. The frames that exist are the whole packets found: a file cut
     short (half an mkv, half a faststart mp4) has the length of what is left, and one VideoWarning says how much was
     promised. A frame that then fails to decode is a VideoError, never replaced by another; a frame the decoder reports
-    as patched, or that follows one it failed to decode, comes with a VideoWarning. avi and raw streams, whose
+    as patched, or that follows one it failed to decode, comes with a VideoWarning. avi, asf and raw streams, whose
     timestamps name no frames, are numbered by decoding them once. Rotation by quarter turns is applied, mirroring is
     not. Nothing stays open between calls.
     """
@@ -126,20 +127,24 @@ class PyAVReader:
         with self._open() as (container, stream):
             self.height, self.width = stream.codec_context.height, stream.codec_context.width
             self._check_budget(1)
-            lost = self._read_index(container, stream)
+            self._format, time_base = container.format.name, float(stream.time_base)
+            self._index = read_index(container, stream, self._file)
         with self._open() as (container, stream):
             frames = _frames(self._packets(container, stream), stream)
-            first = next((f for f, _ in frames if self._pts is None or f.pts is None or f.pts >= self._pts[0]), None)
+            pts = self._index.pts
+            first = next((f for f, _ in frames if pts is None or f.pts is None or f.pts >= pts[0]), None)
             if first is None:
                 raise VideoError(f"{self.path}: none of its frames can be decoded; download or copy it again")
             self._quarter_turns = round(getattr(first, "rotation", 0) / 90) % 4  # counter-clockwise; since PyAV 14.1
             self.width, self.height = (first.width, first.height)[:: -1 if self._quarter_turns % 2 else 1]
-            if self._pts is None or first.pts != self._pts[0]:
-                self._number_by_decoding([first.pts, *(frame.pts for frame, _ in frames)])
-        if lost:
-            self._warn(f"is cut short, {len(self)} frames exist of about {len(self) + lost}; only those are read")
+            if pts is None or first.pts != pts[0]:
+                stamps = [first.pts, *(frame.pts for frame, _ in frames)]
+                self._index = number_by_decoding(self._index, stamps, time_base)
+        self.timestamps = self._index.timestamps  # [N]
+        if self._index.promised:
+            self._warn(f"is cut short, {len(self)} frames exist of {self._index.promised}; only those are read")
         length = float(self.timestamps[-1])
-        self.fps = (len(self) - 1) / length if length else self._rate
+        self.fps = (len(self) - 1) / length if length else self._index.rate
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -178,8 +183,8 @@ class PyAVReader:
         for from_start in (False, True):  # a second pass only for containers that seek badly and for damaged files
             if not missing:
                 break
-            one_pass = from_start or self._pts is None
-            runs = [(0, list(missing))] if one_pass else plan_decoding(missing, self._keyframes)
+            one_pass = from_start or self._index.pts is None
+            runs = [(0, list(missing))] if one_pass else plan_decoding(missing, self._index.keyframes)
             with self._open() as (container, stream):
                 for keyframe, wanted in runs:
                     for index, frame, is_damaged in self._decode(container, stream, keyframe, wanted, from_start):
@@ -197,10 +202,10 @@ class PyAVReader:
 
     def _decode(self, container, stream, keyframe: int, wanted: list[int], to_the_end: bool) -> Iterator:
         """(index, frame, is_damaged) for those of `wanted` that the decoder gives from `keyframe` on."""
-        pending = {index if self._pts is None else int(self._pts[index]): index for index in wanted}
+        pending = {index if self._index.pts is None else int(self._index.pts[index]): index for index in wanted}
         final = max(pending)
         for count, (frame, is_damaged) in enumerate(_frames(self._packets(container, stream, keyframe), stream)):
-            number = count if self._pts is None else frame.pts
+            number = count if self._index.pts is None else frame.pts
             if number in pending:
                 yield pending.pop(number), frame, is_damaged
             if not pending or (not to_the_end and number is not None and number > final):
@@ -208,16 +213,16 @@ class PyAVReader:
 
     def _packets(self, container, stream, keyframe: int = 0) -> Iterator:
         """The packets from `keyframe` or a keyframe before it on; none where the container cannot seek there."""
-        limit = self._seek_targets[keyframe].pts if keyframe else math.inf
+        limit = self._index.seek_targets[keyframe].pts if keyframe else math.inf
         # by pts first: mpegts and flv seek by dts and may land a group late, Matroska and mp4 by dts a group early
-        for stamp in self._seek_targets[keyframe][:2] if keyframe else (None,):
+        for stamp in self._index.seek_targets[keyframe][:2] if keyframe else (None,):
             with suppress(av.FFmpegError):
                 if stamp is not None:
                     container.seek(stamp, stream=stream)
                 packets = dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
                 first = next(packets, None)
                 if first is not None and (first.pts or 0) <= limit:
-                    return (packet for packet in chain([first], packets) if packet.pos != self._cut)
+                    return (packet for packet in chain([first], packets) if packet.pos != self._index.cut)
         return iter(())
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
@@ -226,33 +231,6 @@ class PyAVReader:
             sizes = f"{self.width}x{self.height} and {image.shape[1]}x{image.shape[0]}"
             raise VideoError(f"{self.path}: its frames have different sizes, {sizes}; re-encode it at one size")
         return image
-
-    def _read_index(self, container, stream) -> int:
-        """Find the frames, their times and where decoding can start; returns how many promised frames are missing."""
-        self._time_base, self._rate = float(stream.time_base), float(stream.average_rate or stream.guessed_rate or 0)
-        packets, self._cut = _scan(container, stream)
-        self._pts, pts = None, [packet.pts for packet in packets]
-        if container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts):
-            keys = [packet for packet in packets if packet.is_keyframe]  # an edit list may hide some: not frames
-            shown = sorted(packet.pts for packet in packets if packet.is_shown and keys and packet.pts >= keys[0].pts)
-            if shown:
-                self._pts = np.array(shown, dtype=np.int64)  # [N]
-                self.timestamps = (self._pts - shown[0]) * self._time_base  # [N]
-                places = np.searchsorted(self._pts, [packet.pts for packet in keys]).tolist()
-                self._seek_targets = dict(zip(places, keys))  # first frame that needs the keyframe -> its packet
-                self._keyframes = sorted(self._seek_targets)
-        declared, begin = _declared_end(container, stream), (pts[:1] or [0])[0] or 0
-        short = declared - max((packet.end for packet in packets), default=0) * self._time_base  # seconds
-        promised = stream.frames or round((declared - begin * self._time_base) * self._rate)
-        lost = promised - len(packets) if short * self._rate > (0.5 if stream.frames else 0.5 * self._rate) else 0
-        return max(lost, int(self._cut >= 0))
-
-    def _number_by_decoding(self, pts: list[int | None]) -> None:
-        """Number the frames as the decoder gives them, for files whose timestamps do not name them."""
-        self._pts = None
-        self.timestamps = np.arange(len(pts)) / (self._rate or 25.0)  # [N]; 25 is FFmpeg's own rate for raw streams
-        if None not in pts and (np.diff(pts) > 0).all():
-            self.timestamps = (np.array(pts) - pts[0]) * self._time_base  # [N]
 
     @contextmanager
     def _open(self) -> Iterator:
@@ -275,7 +253,7 @@ class PyAVReader:
             yield container, stream
 
     def _check_budget(self, frames: int) -> None:
-        need = frames * self.height * self.width * 3
+        need = int(frames) * self.height * self.width * 3
         if need > self._max_bytes:
             raise VideoError(
                 f"{self.path}: {frames} frames of {self.width}x{self.height} take {need} bytes, more than "
@@ -289,9 +267,10 @@ class PyAVReader:
 class DecordReader(PyAVReader):
     """`VideoReader` over decord: the same index, errors and warnings as `PyAVReader`, pixels decoded by decord.
 
-    decord 0.6 bundles FFmpeg 4.1 (2018): no AV1, no gif or raw streams, and it fails on some mpegts, narrow rotated
-    clips, edit lists and files cut short; each is a VideoError that names the remedy, backend="pyav". It hides damage
-    in the middle of a file by returning other frames, and so old an FFmpeg should not see files from strangers.
+    decord 0.6 bundles FFmpeg 4.1 (2018): no AV1, and it fails on some narrow rotated clips, edit lists and files cut
+    short. It seeks to wrong frames outside mp4, mov, mkv and webm, and in open groups of pictures, x265's default. Each
+    is a VideoError that names the remedy, backend="pyav". It hides damage in the middle of a file by returning other
+    frames, and so old an FFmpeg should not see files from strangers.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 0, max_bytes: int = MAX_BYTES) -> None:
@@ -302,9 +281,13 @@ class DecordReader(PyAVReader):
         super().__init__(path, num_threads, max_bytes)
         self._module, self._decord = decord, None
         self._errors = (RuntimeError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError)
+        if not self._format.startswith(("mov,", "matroska,")):  # wrong in avi, asf, flv, mpeg, mpegts, nut
+            raise self._failure(f"it returns wrong frames of {self._format} files")
         found = len(self._decoder())
         if found != len(self):  # it counts hidden packets too (edit lists, VP8), and would be off by as many
             raise VideoError(f"{self.path}: decord counts {found} frames where {len(self)} exist; use backend='pyav'")
+        if self._decoder().get_key_indices() != self._index.keyframes:  # it counts in the order of decoding
+            raise self._failure("it returns wrong frames where some before a keyframe come after it in the file")
 
     def close(self) -> None:
         """Free decord's decoder."""
@@ -333,7 +316,7 @@ class DecordReader(PyAVReader):
         with suppress(*self._errors):
             decoder.seek(0)  # or its thread decodes ahead and memory grows, dmlc/decord#208
 
-    def _failure(self, error: Exception) -> VideoError:
+    def _failure(self, error: Exception | str) -> VideoError:
         reason = re.sub(r"^\[[\d:]+\] ", "", (str(error).splitlines() or ["unknown reason"])[0])
         return VideoError(f"{self.path}: decord cannot read it ({reason}); use backend='pyav'")
 
@@ -371,9 +354,14 @@ def read_video(
     """
     if (num_frames is None) == (fps is None):
         raise ValueError(f"pass exactly one of num_frames and fps, got num_frames={num_frames} and fps={fps}")
+    if fps is None:
+        check_count("num_frames", num_frames)
+    else:
+        check_fps(fps)
     reader = open_video(path, backend, num_threads, max_bytes)
     try:
         if fps is None:
+            reader._check_budget(num_frames)  # before the indices, which may be a billion
             first, last = sample_range(reader.timestamps, start, end)
             indices = first + sample_uniform(num_frames, last - first + 1)  # [T]
         else:
@@ -399,29 +387,6 @@ def _local_file(path: str) -> str:
     return os.path.abspath(path)
 
 
-class _Packet(NamedTuple):
-    pts: int | None
-    dts: int | None
-    end: int  # pts + duration
-    is_keyframe: bool
-    is_shown: bool
-
-
-def _scan(container, stream) -> tuple[list[_Packet], int]:
-    """All whole packets in file order, and the byte position of the one the file was cut in (-1: none)."""
-    packets, last, vp8 = [], None, stream.codec_context.name == "vp8"
-    with suppress(av.FFmpegError):  # a file cut short may end in an error
-        for packet in container.demux(stream):
-            if packet.size or packet.pts is not None:  # not PyAV's flush packet
-                hidden = not packet.size or packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10)
-                end = (packet.dts or 0 if packet.pts is None else packet.pts) + (packet.duration or 0)
-                packets.append(_Packet(packet.pts, packet.dts, end, packet.is_keyframe, not hidden))
-                last = packet
-    if last is not None and last.is_corrupt:
-        return packets[:-1], last.pos
-    return packets, -1
-
-
 def _frames(packets: Iterable, stream) -> Iterator[tuple[av.VideoFrame, bool]]:
     """(frame, is_damaged) in presentation order: patched, or built on frames that could not be decoded."""
     broken = False  # a packet failed and no keyframe came since
@@ -437,13 +402,3 @@ def _frames(packets: Iterable, stream) -> Iterator[tuple[av.VideoFrame, bool]]:
                 yield frame, broken or frame.is_corrupt
     with suppress(av.FFmpegError):
         yield from ((frame, broken or frame.is_corrupt) for frame in stream.decode(None))
-
-
-def _declared_end(container, stream) -> float:
-    """Where the header says the video ends, in seconds on the file's own clock; 0.0 where it does not say."""
-    if stream.duration:
-        return ((stream.start_time or 0) + stream.duration) * float(stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
-    if tag:
-        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0

@@ -11,12 +11,12 @@ from . import backends
 from .shapes import Window, check_fits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LARGEST = torch.finfo(torch.float32).max
 DENSE, RAGGED = "B, T, H, W", "F, H, W"
 
 
-def check_tensors(cu_frames: Tensor | None, **named: Tensor | None) -> None:
+def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
     """dtype and device of every tensor, then `cu_frames`; the values of `cu_frames` are checked where it is read."""
-    given = {name: x for name, x in named.items() if x is not None}
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
@@ -24,6 +24,8 @@ def check_tensors(cu_frames: Tensor | None, **named: Tensor | None) -> None:
             raise TypeError(
                 f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it, e.g. {name}.float()"
             )
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
     first, head = next(iter(given.items()))
     for name, x in given.items():
         if x.device != head.device:
@@ -117,19 +119,27 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
-def check_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
-    """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
-    if not isinstance(logit_scale, Tensor):
-        if not isinstance(logit_scale, (int, float)) or not abs(logit_scale) < float("inf"):
-            raise TypeError(
-                f"logit_scale must be a finite float or a tensor, got {logit_scale!r}; pass exp(logit_scale)"
+def check_logit_scale(logit_scale: float | Tensor) -> None:
+    """A finite number, or a tensor of one floating point element."""
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:
+            raise ValueError(
+                f"logit_scale must be one floating point number, got {logit_scale.dtype} of shape "
+                f"{list(logit_scale.shape)}; pass exp(logit_scale) of the CLIP model"
             )
-        return float(logit_scale), None
-    if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:
-        raise ValueError(
-            f"logit_scale must be one floating point number, got {logit_scale.dtype} of shape "
-            f"{list(logit_scale.shape)}; pass exp(logit_scale) of the CLIP model"
+    elif isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+        raise TypeError(
+            f"logit_scale must be a float or a tensor, got {type(logit_scale).__name__}; pass exp(logit_scale)"
         )
+    elif not abs(logit_scale) <= LARGEST:
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}; pass exp(logit_scale)")
+
+
+def split_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
+    """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
+    check_logit_scale(logit_scale)
+    if not isinstance(logit_scale, Tensor):
+        return float(logit_scale), None
     if logit_scale.device != image_embeds.device:
         raise ValueError(
             f"logit_scale must be on the device of image_embeds, {image_embeds.device}, got {logit_scale.device}; "

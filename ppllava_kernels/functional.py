@@ -13,10 +13,10 @@ from .checks import (
     check_channels_last,
     check_embeds,
     check_grid,
-    check_logit_scale,
     check_temperature,
     check_tensors,
     check_window,
+    split_logit_scale,
 )
 from .shapes import make_window
 
@@ -56,7 +56,7 @@ def prompt_relevance(
     """
     check_tensors(cu_frames, image_embeds=image_embeds, text_embeds=text_embeds)
     check_embeds(image_embeds, text_embeds, cu_frames)
-    scale, scale_tensor = check_logit_scale(logit_scale, image_embeds)
+    scale, scale_tensor = split_logit_scale(logit_scale, image_embeds)
     backend = check_backend(backend, image_embeds, text_embeds)
     if backend == "reference":
         scale = scale if scale_tensor is None else scale_tensor
@@ -104,7 +104,7 @@ def weighted_pool3d(
         ValueError, TypeError: for input outside of the above; the message says what to do.
     """
     window = make_window(kernel_size, stride, output_size)
-    check_tensors(cu_frames, values=values, weights=weights)
+    check_tensors(cu_frames, values=values, **({} if weights is None else {"weights": weights}))
     check_channels_last("values", values, cu_frames, "D")
     if weights is not None:
         check_grid("weights", weights.shape, values, cu_frames)
@@ -157,7 +157,7 @@ def prompt_guided_pool3d(
     check_grid("image_embeds", image_embeds.shape[:-1], values, cu_frames, channel=", C")
     check_window(values, window, cu_frames)
     temperature = check_temperature(temperature)
-    scale, scale_tensor = check_logit_scale(logit_scale, image_embeds)
+    scale, scale_tensor = split_logit_scale(logit_scale, image_embeds)
     backend = check_backend(backend, values, image_embeds, text_embeds)
     if backend == "reference":
         scale = scale if scale_tensor is None else scale_tensor

@@ -184,9 +184,21 @@ def _where_needed(need, grads):
     return tuple(grad if needed else None for needed, grad in zip(need, grads))
 
 
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        f"backend={ctx.backend!r} has no double backward; use backend='reference', which is plain PyTorch, for it"
+    )
+
+
+def _save_backend(ctx, inputs, output):
+    ctx.backend = next(x for x in inputs if isinstance(x, str))
+
+
 for _name, _backward, _save in (
     ("prompt_relevance", _relevance_backward, _save_relevance),
     ("weighted_pool3d", _pool_backward, _save_pool),
     ("prompt_guided_pool3d", _guided_backward, _save_guided),
+    ("prompt_relevance_backward", _no_double_backward, _save_backend),
+    ("weighted_pool3d_backward", _no_double_backward, _save_backend),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_save, lib=_library)

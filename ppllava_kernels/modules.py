@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .checks import check_temperature
+from .backends import check_name
+from .checks import check_logit_scale, check_temperature
 from .functional import Size, prompt_guided_pool3d, weighted_pool3d
 from .shapes import make_window
 
@@ -28,6 +29,8 @@ class WeightedPool3d(nn.Module):
         make_window(kernel_size, stride, output_size)
         self.kernel_size, self.stride, self.output_size = kernel_size, stride, output_size
         self.temperature = check_temperature(temperature)
+        if backend is not None:
+            check_name(backend)
         self.backend = backend
 
     def forward(self, values: Tensor, weights: Tensor | None = None, cu_frames: Tensor | None = None) -> Tensor:
@@ -60,6 +63,7 @@ class PromptGuidedPool3d(WeightedPool3d):
         backend: str | None = None,
     ) -> None:
         super().__init__(kernel_size, stride, output_size, temperature=temperature, backend=backend)
+        check_logit_scale(logit_scale)
         if isinstance(logit_scale, Tensor) and not isinstance(logit_scale, nn.Parameter):
             self.register_buffer("logit_scale", logit_scale)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,13 @@ class Window(NamedTuple):
 
 def triple(name: str, size: int | Sequence[int]) -> Triple:
     """`size` as three positive integers for (T, H, W); one integer stands for all three axes."""
-    sizes = tuple(size) if isinstance(size, Sequence) else (size,) * 3
-    # A SymInt is an integer too, while torch.compile traces.
-    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in sizes):
+    sizes = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size,) * 3
+    # A SymInt is an integer, too, while torch.compile traces.
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt, Integral)) for n in sizes):
         raise TypeError(f"{name} must be an int or three ints for (T, H, W), got {size!r}; pass for example (2, 3, 3)")
-    if len(sizes) != 3 or any(n < 1 for n in sizes):
+    if len(sizes) != 3 or any(n < 1 or n >= 2**31 for n in sizes):
         raise ValueError(f"{name} must be three positive ints for (T, H, W), got {size!r}; pass for example (2, 3, 3)")
-    return sizes
+    return tuple(n if isinstance(n, (int, torch.SymInt)) else int(n) for n in sizes)
 
 
 def make_window(
@@ -69,12 +70,11 @@ def span(n: int, outputs: int) -> int:
     return 1 if outputs % n == 0 else min(n, (n - 1) // outputs + 2)
 
 
-def largest_window(counts: Iterable[int], height: int, width: int, window: Window) -> Triple:
-    """Patches along (T, H, W) of the largest window in clips of these frame counts; for output_size, a bound of it."""
+def largest_window(frames: int, height: int, width: int, window: Window) -> Triple:
+    """Patches along (T, H, W) of the largest window in a clip of this size; for output_size, a bound of it."""
     if window.kernel_size:
         return window.kernel_size
-    frames, rows, columns = window.output_size
-    return max(span(n, frames) for n in counts), span(height, rows), span(width, columns)
+    return tuple(span(n, outputs) for n, outputs in zip((frames, height, width), window.output_size))
 
 
 def most_windows(counts: Iterable[int], height: int, width: int, window: Window) -> Triple:

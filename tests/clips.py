@@ -45,13 +45,16 @@ def encode(
     pts_ms: list[int] | None = None,
     size: tuple[int, int] = (64, 48),
     first_pts: int = 0,
-    audio: bool = False,
+    audio: bool | float = False,
     title: str | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     format: str | None = None,
 ) -> Path:
-    """Write a clip of `frames` frames, at a constant `fps` or at the given `pts_ms`; size is (width, height)."""
+    """Write a clip of `frames` frames, at a constant `fps` or at the given `pts_ms`.
+
+    size is (width, height); audio the seconds of silence, True for as long as the frames.
+    """
     width, height = size
     chosen = {"libx264": {"preset": "veryfast", "crf": "18", "sc_threshold": "0"}, "libvpx": {"crf": "8"}}.get(
         codec, {}
@@ -74,7 +77,7 @@ def encode(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:
-            _encode_silence(container, sound, seconds=frames / fps)
+            _encode_silence(container, sound, seconds=frames / fps if audio is True else audio)
     return path
 
 

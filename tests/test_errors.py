@@ -2,14 +2,16 @@
 
 import re
 
+import numpy
 import pytest
 import torch
 
 import ppllava_kernels
-from ppllava_kernels import PromptGuidedPool3d, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+from ppllava_kernels import PromptGuidedPool3d, WeightedPool3d, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
 
 B, T, H, W, C, D = 2, 4, 6, 6, 16, 8
 WINDOW = dict(kernel_size=(2, 3, 3))
+V = torch.randn(B, T, H, W, D)
 
 
 def good():
@@ -135,8 +137,13 @@ CHANGES = {
     ),
     "logit_scale_nan": (
         dict(logit_scale=float("nan")),
+        ValueError,
+        "logit_scale must be finite, got nan; pass exp(logit_scale)",
+    ),
+    "logit_scale_text": (
+        dict(logit_scale="100"),
         TypeError,
-        "logit_scale must be a finite float or a tensor, got nan; pass exp(logit_scale)",
+        "logit_scale must be a float or a tensor, got str; pass exp(logit_scale)",
     ),
     "logit_scale_vector": (
         dict(logit_scale=torch.ones(2)),
@@ -171,6 +178,21 @@ CHANGES = {
         TypeError,
         "text_embeds must be a tensor, got list; wrap it with torch.as_tensor",
     ),
+    "missing": (
+        dict(image_embeds=None),
+        TypeError,
+        "image_embeds must be a tensor, got NoneType; wrap it with torch.as_tensor",
+    ),
+    "sparse": (
+        dict(values=torch.zeros(B, T, H, W, D).to_sparse()),
+        TypeError,
+        "values must be a dense tensor, got torch.sparse_coo; use values.to_dense()",
+    ),
+    "output_size_huge": (
+        dict(kernel_size=None, output_size=2**70),
+        ValueError,
+        f"output_size must be three positive ints for (T, H, W), got {2**70}; pass for example (2, 3, 3)",
+    ),
     "some_float64": (
         dict(values=torch.randn(B, T, H, W, D, dtype=torch.float64)),
         TypeError,
@@ -182,6 +204,11 @@ CHANGES = {
         ValueError,
         "image_embeds must be on the device of values, meta, got cpu; use image_embeds.to(values.device)",
     ),
+    "backend_list": (
+        dict(backend=["cpp"]),
+        ValueError,
+        "backend must be None or one of cpp, triton, reference, got ['cpp']; None takes the best",
+    ),
     "unknown_backend": (
         dict(backend="cudnn"),
         ValueError,
@@ -190,12 +217,58 @@ CHANGES = {
 }
 
 
+ARGUMENTS = {
+    prompt_relevance: {"image_embeds", "text_embeds", "logit_scale", "backend"},
+    weighted_pool3d: {"values", "weights", "kernel_size", "stride", "output_size", "temperature", "backend"},
+}
+ARGUMENTS[prompt_guided_pool3d] = (ARGUMENTS[prompt_relevance] | ARGUMENTS[weighted_pool3d]) - {"weights"}
+
+
+def concerns(op, change):
+    """Whether an op has the arguments that are changed and those that the message compares them with."""
+    changed, _, message = CHANGES[change]
+    named = {name for name in ("values", "image_embeds", "text_embeds") if name in message}
+    return set(changed) | named <= ARGUMENTS[op]
+
+
+DENSE = [
+    pytest.param(op, change, id=f"{op.__name__}-{change}")
+    for op in ARGUMENTS
+    for change in CHANGES
+    if concerns(op, change)
+]
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", None])
-@pytest.mark.parametrize("change", CHANGES)
-def test_dense(change, backend):
+@pytest.mark.parametrize(("op", "change"), DENSE)
+def test_dense(op, change, backend):
     changed, error, message = CHANGES[change]
+    arguments = good() | dict(weights=torch.rand(B, T, H, W), backend=backend) | changed
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        prompt_guided_pool3d(**(good() | dict(backend=backend) | changed))
+        op(**{name: x for name, x in arguments.items() if name in ARGUMENTS[op]})
+
+
+def test_every_change_concerns_an_op():
+    assert {param.values[1] for param in DENSE} == set(CHANGES)
+    assert {param.values[0] for param in DENSE} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("module", [WeightedPool3d, PromptGuidedPool3d])
+@pytest.mark.parametrize(
+    "change", [name for name in CHANGES if "window" in name or "kernel" in name or "backend" in name]
+)
+def test_modules_complain_when_they_are_made(module, change):
+    changed, error, message = CHANGES[change]
+    if change == "kernel_too_large":  # only a clip can tell
+        module(**changed)
+        return
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        module(**(WINDOW | changed))
+
+
+def test_numpy_integers_are_integers():
+    size = tuple(numpy.array([2, 3, 3]))
+    assert torch.equal(weighted_pool3d(V, None, kernel_size=size), weighted_pool3d(V, None, kernel_size=(2, 3, 3)))
 
 
 CU_FRAMES = {
@@ -273,10 +346,18 @@ CU_FRAMES = {
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("case", CU_FRAMES)
-def test_ragged(case, backend):
+@pytest.mark.parametrize("op", ARGUMENTS, ids=lambda op: op.__name__)
+def test_ragged(op, case, backend):
     cu_frames, error, message = CU_FRAMES[case]
+    if op is prompt_relevance:
+        if case == "short_video":  # it has no windows
+            return
+        message = message.replace("device of values", "device of image_embeds")
+    if op is weighted_pool3d and case == "batch":  # it has no prompts
+        return
+    arguments = ragged(cu_frames) | dict(weights=torch.rand(8, H, W), backend=backend)
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        prompt_guided_pool3d(**ragged(cu_frames), backend=backend)
+        op(cu_frames=cu_frames, **{name: x for name, x in arguments.items() if name in ARGUMENTS[op]})
 
 
 def test_ragged_rank():
@@ -297,10 +378,10 @@ def test_the_other_ops_check_as_well():
         weighted_pool3d(torch.randn(B, T, H, W, D), torch.ones(B, T, H, W, dtype=torch.bool), **WINDOW)
     with pytest.raises(ValueError, match=r"^text_embeds must have the 16 channels"):
         prompt_relevance(torch.randn(B, T, H, W, C), torch.randn(B, 3))
-    with pytest.raises(ValueError, match=r"^exactly one of kernel_size and output_size"):
-        PromptGuidedPool3d()
-    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got -1"):
+    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got -1; the original"):
         PromptGuidedPool3d(2, temperature=-1)
+    with pytest.raises(ValueError, match=r"^logit_scale must be one floating point number, got torch.float32 of shape"):
+        PromptGuidedPool3d(2, logit_scale=torch.ones(3))
 
 
 UNUSABLE = {

@@ -1,73 +1,17 @@
-"""The model against itself in every way transformers can run it, on disk, and given wrong input."""
+"""The model against itself in every way transformers can run it."""
 
 import re
 from contextlib import contextmanager
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    CLIPVisionModel,
-)
+from tiny import NEW, alone, batch, clip, close, fresh, generate, prompt, tiny
+from transformers import CLIPVisionModel
 
 import ppllava
 import ppllava_kernels
-from ppllava import (
-    PPLlavaConfig,
-    PPLlavaForConditionalGeneration,
-    PPLlavaModel,
-    PPLlavaProcessor,
-    modeling_ppllava,
-    presets,
-)
+from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, modeling_ppllava, presets
 from ppllava_kernels import prompt_guided_pool3d
-
-QUESTIONS = ["What is it?", "What is the man in the middle holding?", "Why?"]
-NEW = 8
-
-
-@cache
-def tiny():
-    return presets.build("tiny")
-
-
-def fresh(**changes):
-    """A tiny model of its own, for tests that change it."""
-    return PPLlavaForConditionalGeneration(
-        PPLlavaConfig(**{**presets.preset_config("tiny").to_dict(), **changes})
-    ).eval()
-
-
-def clip(frames, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (frames, 30, 40, 3), dtype=np.uint8)  # [T, H, W, 3]
-
-
-def prompt(question, video="<video>\n"):
-    return f"USER: {video}{question} ASSISTANT:"
-
-
-def batch(*lengths, processor=None):
-    """Inputs for one prompt per length, each about a clip of so many frames; 0 is a prompt without a clip."""
-    texts = [prompt(QUESTIONS[i], "<video>\n" if n else "") for i, n in enumerate(lengths)]
-    videos = [clip(n, seed=i) for i, n in enumerate(lengths) if n]
-    return (processor or tiny()[1])(text=texts, videos=videos or None)
-
-
-def alone(i, length):
-    """The inputs of prompt i of `batch` unbatched."""
-    videos = clip(length, seed=i) if length else None
-    return tiny()[1](text=prompt(QUESTIONS[i], "<video>\n" if length else ""), videos=videos)
-
-
-def generate(model, inputs, **kwargs):
-    ids = model.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **kwargs)
-    return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @contextmanager
@@ -86,10 +30,6 @@ def counting(monkeypatch, model):
     monkeypatch.setattr(modeling_ppllava, "prompt_guided_pool3d", op)
     yield calls
     handle.remove()
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 # The parts
@@ -196,6 +136,15 @@ def test_chunked_prefill(monkeypatch):
         assert "prefill_chunk_size loses them" in str(error)  # noqa: PT017
     else:
         assert actual == generate(tiny()[0], inputs)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_prompt_lookup(length):
+    inputs = alone(1, length)
+    with pytest.raises(ValueError, match=re.escape("which copies <video>, pass suppress_tokens=[3]")):
+        generate(tiny()[0], inputs, prompt_lookup_num_tokens=3)
+    never = {"suppress_tokens": [3]}
+    assert generate(tiny()[0], inputs, prompt_lookup_num_tokens=3, **never) == generate(tiny()[0], inputs, **never)
 
 
 def test_beam_scores_are_those_of_full_forwards():
@@ -315,137 +264,9 @@ def test_attention_implementation_reaches_every_part():
     close(model(**alone(0, 4)).logits, tiny()[0](**alone(0, 4)).logits, 1e-4)
 
 
-# On disk
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    model, processor = tiny()
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForMultimodalLM])
-def test_round_trip(folder, auto):
-    model, info = auto.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    assert isinstance(model, PPLlavaForConditionalGeneration)
-    assert model.config.to_dict().keys() == tiny()[0].config.to_dict().keys()
-    expected = tiny()[0].state_dict()
-    assert model.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    processor = AutoProcessor.from_pretrained(folder)
-    assert isinstance(processor, PPLlavaProcessor)
-    inputs = batch(4, 5, processor=processor)
-    assert inputs.keys() == batch(4, 5).keys()
-    assert all(torch.equal(value, inputs[name]) for name, value in batch(4, 5).items())
-    close(model(**inputs).logits, tiny()[0](**inputs).logits, 1e-4)
-    assert generate(model, inputs) == generate(tiny()[0], inputs)
-
-
-def test_base_model_and_config_load(folder):
-    assert isinstance(AutoConfig.from_pretrained(folder), PPLlavaConfig)
-    model = AutoModel.from_pretrained(folder)
-    assert isinstance(model, PPLlavaModel)
-    assert torch.equal(model.logit_scale, tiny()[0].model.logit_scale)
-
-
-def test_loading_in_bfloat16_keeps_the_scale(folder):
-    model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-    assert model.model.logit_scale.dtype == torch.float32
-    assert {p.dtype for name, p in model.named_parameters() if "logit_scale" not in name} == {torch.bfloat16}
-
-
 def test_pooling_temperature_is_not_the_sampling_temperature():
     assert tiny()[0].generation_config.temperature in (None, 1.0)
 
 
 def test_version():
     assert ppllava.__version__ == ppllava_kernels.__version__
-
-
-# Wrong input
-
-
-def without(inputs, *names):
-    return {name: value for name, value in inputs.items() if name not in names}
-
-
-def wrong_inputs():
-    good = batch(4, 5)
-    guide = ("guide_input_ids", "guide_attention_mask")
-    ids = good["input_ids"]
-    return {
-        "guide": (
-            without(good, *guide),
-            "guide_input_ids must be given with pixel_values_videos, got None; PPLlavaProcessor makes "
-            "them from the user's "
-            "question",
-        ),
-        "guide rows": (
-            {**good, "guide_input_ids": good["guide_input_ids"][:1], "guide_attention_mask": None},
-            "guide_input_ids must have one row for each of the 2 videos, got 1; repeat the question of "
-            "a prompt for each of "
-            "its videos, and leave out prompts without one",
-        ),
-        "guide length": (
-            {**good, "guide_input_ids": torch.ones(2, 249, dtype=torch.long), "guide_attention_mask": None},
-            "guide_input_ids must have at most the 248 positions of the guide, got 249; let "
-            "PPLlavaProcessor truncate the "
-            "question",
-        ),
-        "guide alone": (
-            {"input_ids": torch.ones(1, 4, dtype=torch.long), "guide_input_ids": good["guide_input_ids"]},
-            "guide_input_ids has 2 rows, but no pixel_values_videos came with it; leave it out for a "
-            "prompt without a video",
-        ),
-        "frames": (
-            {**good, "video_frames": torch.tensor([4, 4])},
-            "pixel_values_videos must be [F, 3, S, S] with F = 8, the sum of video_frames, each at least 1, got shape "
-            "[9, 3, 42, 42] and video_frames [4, 4]; concatenate the frames of all videos",
-        ),
-        "no frames": (
-            {**good, "video_frames": torch.tensor([9, 0])},
-            "pixel_values_videos must be [F, 3, S, S] with F = 9, the sum of video_frames, each at least 1, got shape "
-            "[9, 3, 42, 42] and video_frames [9, 0]; concatenate the frames of all videos",
-        ),
-        "unpacked": (
-            without(good, "video_frames"),
-            "pixel_values_videos must be [B, T, 3, S, S] where video_frames is None, got shape [9, 3, "
-            "42, 42]; pass the "
-            "number of frames of each video to pack videos as [F, 3, S, S]",
-        ),
-        "placeholders": (
-            {**good, "input_ids": ids[:, -20:], "attention_mask": None},
-            "input_ids must hold one <video> token (id 3) for each visual token, 16 for the 2 videos, got 0; let "
-            "PPLlavaProcessor expand the prompt, and do not truncate it",
-        ),
-        "no video": (
-            {"input_ids": ids},
-            "input_ids holds 16 <video> tokens, but no video came with them; pass pixel_values_videos (generate's "
-            "prefill_chunk_size loses them before transformers 5.23)",
-        ),
-        "images": (
-            {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 42, 42)},
-            "pixel_values are images, only videos are supported; pass frames as pixel_values_videos",
-        ),
-        "twice": (
-            {**good, "mm_encoder_outputs": {"video": tiny()[0].get_video_features(**good)}},
-            "pixel_values_videos and mm_encoder_outputs['video'] are the same videos twice; pass one of them",
-        ),
-        "neither": ({}, "exactly one of input_ids and inputs_embeds must be given, got neither; pass one of them"),
-        "short": (
-            {**batch(4), "pixel_values_videos": torch.zeros(1, 3, 42, 42), "video_frames": torch.tensor([1])},
-            "kernel_size must fit into the clip, got kernel_size (2, 3, 3) for (T, H, W) = (1, 6, 6); use a smaller "
-            "kernel_size, or output_size, which fits any clip",
-        ),
-    }
-
-
-@pytest.mark.parametrize("case", wrong_inputs())
-def test_errors(case):
-    inputs, message = wrong_inputs()[case]
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        tiny()[0](**inputs)

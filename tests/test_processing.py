@@ -311,6 +311,13 @@ ERRORS = {
         "images and audio are not supported yet, only text and videos; pass frames as videos",
     ),
     "no text": ({"videos": clip()}, "text must be a prompt or a list of prompts, got None; <video> marks a video"),
+    "empty text": ({"text": []}, "text must be a prompt or a list of prompts, got []; <video> marks a video"),
+    "text of a number": ({"text": 3}, "text must be a prompt or a list of prompts, got 3; <video> marks a video"),
+    "text with a number": (
+        {"text": ["x", 3]},
+        "text must be a prompt or a list of prompts, got ['x', 3]; <video> marks a video",
+    ),
+    "no frames": ({"text": TEXT, "videos": clip(), "num_frames": 0}, "num_frames must be at least 1, got 0"),
     "no placeholder": (
         {"text": ["a", "b"], "videos": [clip(), clip()]},
         "text must hold one <video> for each video, got 0 of them and 2 videos; write one where each video belongs",
@@ -363,6 +370,20 @@ def test_errors(case):
     arguments, message = ERRORS[case]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         processor()(**arguments)
+
+
+@pytest.mark.parametrize("num_frames", [2.0, "4", True])
+def test_num_frames_is_an_int(num_frames):
+    message = f"num_frames must be an int, got {num_frames!r}; pass for example 32"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        processor()(text=TEXT, videos=clip(), num_frames=num_frames)
+    assert len(processor()(text=TEXT, videos=clip(), num_frames=np.int64(2))["pixel_values_videos"]) == 2
+
+
+@pytest.mark.parametrize("options", [{"num_frames": 0}, {"num_frames": 4, "fps": 2}])
+def test_the_default_num_frames_replaces_nothing(path, options):
+    with pytest.raises(ValueError, match="num_frames"):
+        processor()(text=TEXT, videos=path, **options)
 
 
 def test_resize_mode_error():

@@ -96,8 +96,6 @@ void forward(const PoolArgs& a) {
 template <class T>
 void backward_windows(const PoolArgs& a) {
   using Acc = Accumulator<T>;
-  const int64_t* largest = a.window.largest;
-  const int64_t volume = largest[0] * largest[1] * largest[2];
   const int64_t windows = a.outputs * a.window.outputs[1] * a.window.outputs[2];
   at::parallel_for(0, windows, 1, [&](int64_t begin, int64_t end) {
     Patches<T> patches;
@@ -115,13 +113,13 @@ void backward_windows(const PoolArgs& a) {
       }
       int64_t i = 0;
       for_each_patch(place, [&](int64_t t, int64_t h, int64_t w) {
-        const int64_t inside =
-            ((t - place.begin[0]) * largest[1] + h - place.begin[1]) * largest[2] + w - place.begin[2];
+        const int64_t slot =
+            a.window.slot(a.clips[place.batch], window, t - place.begin[0], h - place.begin[1], w - place.begin[2]);
         const Acc share = patches.shares[i];
-        static_cast<Acc*>(a.shares)[window * volume + inside] = share;
+        static_cast<Acc*>(a.shares)[slot] = share;
         if (a.grad_scores) {
           const Acc grad_score = share * mean.from(dots[i]) / static_cast<Acc>(a.temperature);
-          static_cast<Acc*>(a.grad_scores)[window * volume + inside] = grad_score;
+          static_cast<Acc*>(a.grad_scores)[slot] = grad_score;
         }
         ++i;
       });
@@ -134,7 +132,6 @@ void backward_windows(const PoolArgs& a) {
 template <class T>
 void backward_patches(const PoolArgs& a) {
   using Acc = Accumulator<T>;
-  const int64_t* largest = a.window.largest;
   std::vector<int64_t> first_patch{0};  // [batch + 1]
   for (int64_t b = 0; b < a.batch; ++b) first_patch.push_back(first_patch[b] + a.clips[b].frames * a.height * a.width);
   at::parallel_for(0, first_patch.back(), 16, [&](int64_t begin, int64_t end) {
@@ -154,8 +151,8 @@ void backward_patches(const PoolArgs& a) {
         for (int64_t h = axes[1].first(at[1]); h < axes[1].last(at[1]); ++h)
           for (int64_t w = axes[2].first(at[2]); w < axes[2].last(at[2]); ++w) {
             const int64_t window = ((clip.first_output + t) * a.window.outputs[1] + h) * a.window.outputs[2] + w;
-            const int64_t inside[3] = {at[0] - axes[0].begin(t), at[1] - axes[1].begin(h), at[2] - axes[2].begin(w)};
-            const int64_t slot = ((window * largest[0] + inside[0]) * largest[1] + inside[1]) * largest[2] + inside[2];
+            const int64_t slot = a.window.slot(
+                clip, window, at[0] - axes[0].begin(t), at[1] - axes[1].begin(h), at[2] - axes[2].begin(w));
             rows.push_back(static_cast<const T*>(a.grad) + window * a.channels);
             shares.push_back(static_cast<const Acc*>(a.shares)[slot]);
             if (a.grad_scores) grad_weight += static_cast<const Acc*>(a.grad_scores)[slot];

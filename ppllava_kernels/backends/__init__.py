@@ -16,9 +16,13 @@ def why_not(backend: str, *tensors: Tensor) -> str | None:
     Raises:
         ValueError: for a name that is no backend.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}; None takes the best")
+    check_name(backend)
     return BACKENDS[backend].why_not(*tensors)
+
+
+def check_name(backend: str) -> None:
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}; None takes the best")
 
 
 def compatible_backends(*tensors: Tensor) -> list[str]:

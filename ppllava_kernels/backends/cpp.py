@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,23 +53,23 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
     plan = _plan(values, window, cu_frames)
     pooled = torch.empty(_pooled_shape(values, window, cu_frames, plan), dtype=values.dtype)
     weights = None if weights is None else weights.to(_accumulator(values))
-    _C.weighted_pool3d(pooled, values, weights, plan[0], temperature, *plan[1:])
+    _C.weighted_pool3d(pooled, values, weights, temperature, *plan)
     return pooled
 
 
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
     plan = _plan(values, window, cu_frames)
     accumulator = _accumulator(values)
-    (_, rows, columns), largest = plan[0][2:]
-    shares = torch.empty((sum(plan[2]), rows, columns, *largest), dtype=accumulator)
+    (_, rows, columns), (high, wide) = plan.window[2:]
+    frames = sum(n * span for n, span in zip(plan.outputs, plan.spans))
+    shares = torch.empty((frames * rows * columns * high * wide,), dtype=accumulator)  # [windows x patches]
     grad_scores = torch.empty_like(shares) if need_weights else None
     grad_values = torch.empty(values.shape, dtype=values.dtype) if need_values else None
     grad_weights = torch.empty(weights.shape, dtype=accumulator) if need_weights else None
     weights_in = None if weights is None else weights.to(accumulator)
     _C.weighted_pool3d_backward(
-        grad_values, grad_weights, shares, grad_scores, grad.contiguous(), values, weights_in, plan[0], temperature,
-        *plan[1:],
-    )  # fmt: skip
+        grad_values, grad_weights, shares, grad_scores, grad.contiguous(), values, weights_in, temperature, *plan
+    )
     return (
         values.new_empty(0) if grad_values is None else grad_values,
         values.new_empty(0) if grad_weights is None else grad_weights.to(weights.dtype),
@@ -93,16 +94,25 @@ def _counts(x: Tensor, cu_frames: Tensor | None) -> list[int]:
     return [x.shape[1]] * x.shape[0] if cu_frames is None else frame_counts(cu_frames, x.shape[0])
 
 
-def _plan(values: Tensor, window: Window, cu_frames: Tensor | None) -> tuple[list, list[int], list[int]]:
-    """The windows as the kernels want them, then the input and the output frames of each clip."""
+class _Plan(NamedTuple):
+    """What the kernels want to know of the windows, in the order in which they take it."""
+
+    window: list  # kernel and stride, zeros for adaptive; windows along (T, H, W); patches in the largest along (H, W)
+    counts: list[int]  # frames of each clip
+    outputs: list[int]  # pooled frames of each clip
+    spans: list[int]  # frames in the largest window of each clip
+
+
+def _plan(values: Tensor, window: Window, cu_frames: Tensor | None) -> _Plan:
     counts, (height, width) = _counts(values, cu_frames), values.shape[-3:-1]
-    size, none = (max(counts), height, width), (0, 0, 0)
-    largest = largest_window(set(counts), height, width, window)
+    none, size = (0, 0, 0), (max(counts), height, width)
+    spans = [largest_window(n, height, width, window)[0] for n in counts]
+    largest = largest_window(*size, window)[1:]
     sizes = [window.kernel_size or none, window.stride or none, output_shape(size, *window), largest]
-    return sizes, counts, ragged_outputs(counts, height, width, window)
+    return _Plan(sizes, counts, ragged_outputs(counts, height, width, window), spans)
 
 
-def _pooled_shape(values: Tensor, window: Window, cu_frames: Tensor | None, plan: tuple) -> list[int]:
-    (frames, rows, columns), outputs = plan[0][2], plan[2]
+def _pooled_shape(values: Tensor, window: Window, cu_frames: Tensor | None, plan: _Plan) -> list[int]:
+    frames, rows, columns = plan.window[2]
     dense = cu_frames is None or window.output_size
-    return [*((len(outputs), frames) if dense else (sum(outputs),)), rows, columns, values.shape[-1]]
+    return [*((len(plan.outputs), frames) if dense else (sum(plan.outputs),)), rows, columns, values.shape[-1]]

@@ -60,7 +60,7 @@ def _unit(x: Tensor) -> Tensor:
 def _windows(size, window: Window, device):
     """For each axis the patches of its windows: indices [O, K], clamped to the window, and what is inside it [O, K]."""
     axes = []
-    spans, outputs = largest_window(size[:1], *size[1:], window), output_shape(size, *window)
+    spans, outputs = largest_window(*size, window), output_shape(size, *window)
     for axis, (n, k, o) in enumerate(zip(size, spans, outputs)):
         index = torch.arange(o, device=device)
         start = index * n // o if window.output_size else index * window.stride[axis]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class Config(NamedTuple):
 
     row_elements: int = 8192  # patches x channels in one tile of whole rows
     patches: int = 8  # patches in one tile of the pooling backward
-    bytes: int = 1024  # of one patch in one tile of the pooling kernels
+    bytes: int = 512  # of one patch in one tile of the pooling kernels
     partials: int = 2048  # most programs, and so partial results, for one clip
     warps: int = 4
 
@@ -27,14 +28,20 @@ CONFIG = Config()
 
 
 class Plan(NamedTuple):
-    """Frames and windows of a call. `clips` int32 [B, 3]: first frame, frames, first output frame; None: dense."""
+    """Frames and windows of a call.
+
+    clips: int32 [B, 4]: first frame, frames, first output frame, frames in the largest window; None: dense.
+    slots: int64 [B]: where the windows of a clip begin in the scratch of the backward; None: dense.
+    """
 
     batch: int
     frames: int  # of the longest clip
     height: int
     width: int
     clips: Tensor | None
+    slots: Tensor | None = None
     outputs: int = 0  # output frames in all
+    scratch: int = 0  # slots in all: for each window as many as the largest window of its clip has patches
     window: tuple[int, ...] = ()  # five triples, named in `axes`
     kernel: bool = False  # kernel_size and stride, not output_size
 
@@ -56,19 +63,34 @@ def make_plan(x: Tensor, cu_frames: Tensor | None, window: Window | None = None)
     """The plan for x [B, T, H, W, channels], or [F, H, W, channels] with `cu_frames`."""
     height, width = x.shape[-3:-1]
     counts = [x.shape[1]] * x.shape[0] if cu_frames is None else frame_counts(cu_frames, x.shape[0])
-    outputs = [0] * len(counts) if window is None else ragged_outputs(counts, height, width, window)
-    clips = None
-    if cu_frames is not None:
-        firsts = [[sum(n[:b]) for b in range(len(n))] for n in (counts, outputs)]
-        clips = torch.tensor([firsts[0], counts, firsts[1]], dtype=torch.int32).T.contiguous()
-        clips = clips.to(x.device, non_blocking=True)
-    plan = Plan(len(counts), max(counts), height, width, clips, sum(outputs))
-    if window is None:
+    plan = Plan(len(counts), max(counts), height, width, None)
+    if window is not None and window.output_size and (plan.frames + 1) * (window.output_size[0] + 1) >= 2**31:
+        raise ValueError(
+            f"output_size must have fewer frames with backend='triton', got {window.output_size[0]} for a clip of "
+            f"{plan.frames}, whose product passes 2**31; use backend='reference'"
+        )
+    outputs, spans, slots = ([0] * len(counts) for _ in range(3))
+    if window is not None:
+        grid = output_shape((plan.frames, height, width), *window)
+        largest = largest_window(plan.frames, height, width, window)
+        outputs = ragged_outputs(counts, height, width, window)
+        spans = [largest_window(n, height, width, window)[0] for n in counts]
+        slots = [n * span * grid[1] * grid[2] * largest[1] * largest[2] for n, span in zip(outputs, spans)]
+        kernel, stride = window.kernel_size or (0, 0, 0), window.stride or (1, 1, 1)
+        most = most_windows(set(counts), height, width, window)
+        plan = plan._replace(
+            outputs=sum(outputs), scratch=sum(slots), window=(*grid, *kernel, *stride, *largest, *most),
+            kernel=bool(window.kernel_size),
+        )  # fmt: skip
+    if cu_frames is None:
         return plan
-    kernel, stride = window.kernel_size or (0, 0, 0), window.stride or (1, 1, 1)
-    grid = output_shape((plan.frames, height, width), *window)
-    bounds = [bound(set(counts), height, width, window) for bound in (largest_window, most_windows)]
-    return plan._replace(window=(*grid, *kernel, *stride, *bounds[0], *bounds[1]), kernel=bool(window.kernel_size))
+    clips = torch.tensor([_starts(counts), counts, _starts(outputs), spans], dtype=torch.int32).T.contiguous()
+    firsts = torch.tensor(_starts(slots))
+    return plan._replace(clips=clips.to(x.device, non_blocking=True), slots=firsts.to(x.device, non_blocking=True))
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [0, *accumulate(sizes[:-1])]
 
 
 def strides(x: Tensor | None, plan: Plan) -> tuple[int, ...]:
@@ -93,7 +115,7 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: dict,
 def find_clip(clips, b, T, RAGGED: tl.constexpr):
     """(first frame, frames, first output) of clip b; dense clips start at frame 0 of their own batch index."""
     if RAGGED:
-        return tl.load(clips + 3 * b), tl.load(clips + 3 * b + 1), tl.load(clips + 3 * b + 2)
+        return tl.load(clips + 4 * b), tl.load(clips + 4 * b + 1), tl.load(clips + 4 * b + 2)
     else:
         return 0 * b, T + 0 * b, 0 * b
 
@@ -112,10 +134,19 @@ def clip_of_output(clips, output, TO, batch, BATCH: tl.constexpr, RAGGED: tl.con
     """The clip that an output frame belongs to."""
     if RAGGED:
         rows = tl.arange(0, BATCH)
-        firsts = tl.load(clips + 3 * rows + 2, mask=rows < batch, other=2147483647)  # [BATCH]
+        firsts = tl.load(clips + 4 * rows + 2, mask=rows < batch, other=2147483647)  # [BATCH]
         return tl.sum((firsts <= output).to(tl.int32), 0) - 1
     else:
         return output // TO
+
+
+@triton.jit
+def clip_slots(clips, slots, b, TO, HO, WO, LT, LH, LW, RAGGED: tl.constexpr):
+    """(first slot of clip b, slots of each of its windows) in the scratch of the backward."""
+    if RAGGED:
+        return tl.load(slots + b), tl.load(clips + 4 * b + 3) * LH * LW
+    else:
+        return b.to(tl.int64) * TO * HO * WO * LT * LH * LW, LT * LH * LW + 0 * b
 
 
 @triton.jit
@@ -123,7 +154,7 @@ def axis_begin(o, size, outputs, kernel, stride, KERNEL: tl.constexpr):
     if KERNEL:
         return o * stride
     else:
-        return (o.to(tl.int64) * size // outputs).to(tl.int32)
+        return o * size // outputs
 
 
 @triton.jit
@@ -131,7 +162,7 @@ def axis_end(o, size, outputs, kernel, stride, KERNEL: tl.constexpr):
     if KERNEL:
         return o * stride + kernel
     else:
-        return (((o + 1).to(tl.int64) * size + outputs - 1) // outputs).to(tl.int32)
+        return ((o + 1) * size + outputs - 1) // outputs
 
 
 @triton.jit
@@ -140,7 +171,7 @@ def axis_first(i, size, outputs, kernel, stride, KERNEL: tl.constexpr):
     if KERNEL:
         return tl.where(i < kernel, 0, (i - kernel) // stride + 1)
     else:
-        return (i.to(tl.int64) * outputs // size).to(tl.int32)
+        return i * outputs // size
 
 
 @triton.jit
@@ -149,7 +180,7 @@ def axis_last(i, size, outputs, kernel, stride, KERNEL: tl.constexpr):
     if KERNEL:
         return tl.minimum(i // stride + 1, outputs)
     else:
-        return (((i + 1).to(tl.int64) * outputs + size - 1) // size).to(tl.int32)
+        return ((i + 1) * outputs + size - 1) // size
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from .common import (
     axis_first,
     axis_last,
     clip_of_output,
+    clip_slots,
     find_clip,
     launch,
     make_plan,
@@ -87,7 +88,7 @@ def pool_windows(
         if SOURCE == LOGITS:
             clip_largest, clip_total = clip_statistics(partials, b, parts, PARTS)
         largest = tl.full([], float("-inf"), tl.float32)
-        for k in range(0, LT * LH * LW, BLOCK_K):
+        for k in range(0, (t1 - t0) * LH * LW, BLOCK_K):
             t, h, w, inside = window_patches(k + tl.arange(0, BLOCK_K), t0, h0, w0, t1, h1, w1, LH, LW)
             offset = patch_offset(b, first + t, h, w, WB, WT, WH, WW)
             score = load_scores(weights, offset, inside, clip_largest, clip_total, SOURCE)
@@ -95,7 +96,7 @@ def pool_windows(
         total = tl.full([], 0.0, tl.float32)
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         sum = tl.zeros([BLOCK_D], tl.float32)
-        for k in range(0, LT * LH * LW, BLOCK_K):
+        for k in range(0, (t1 - t0) * LH * LW, BLOCK_K):
             t, h, w, inside = window_patches(k + tl.arange(0, BLOCK_K), t0, h0, w0, t1, h1, w1, LH, LW)
             offset = patch_offset(b, first + t, h, w, WB, WT, WH, WW)
             score = load_scores(weights, offset, inside, clip_largest, clip_total, SOURCE)
@@ -111,7 +112,7 @@ def pool_windows(
 
 @triton.jit
 def backward_windows(
-    grad, values, weights, shares, dots, means, clips, temperature, batch,
+    grad, values, weights, shares, dots, means, clips, slots, temperature, batch,
     VB, VT, VH, VW, WB, WT, WH, WW, D, T, H, W, TO, HO, WO, KT, KH, KW, JT, JH, JW, LT, LH, LW, MT, MH, MW,
     BATCH: tl.constexpr, RAGGED: tl.constexpr, KERNEL: tl.constexpr, SOURCE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
@@ -126,8 +127,10 @@ def backward_windows(
         window, clips, batch, T, H, W, TO, HO, WO, KT, KH, KW, JT, JH, JW, BATCH, RAGGED, KERNEL
     )
 
-    volume = LT * LH * LW
-    slot = window.to(tl.int64) * volume
+    slot, volume = clip_slots(clips, slots, b, TO, HO, WO, LT, LH, LW, RAGGED)
+    output = tl.load(clips + 4 * b + 2) if RAGGED else b * TO
+    slot += (window - output * HO * WO).to(tl.int64) * volume
+    volume = (t1 - t0) * LH * LW
     largest = tl.full([], float("-inf"), tl.float32)
     for k in range(0, volume, BLOCK_K):
         t, h, w, inside = window_patches(k + tl.arange(0, BLOCK_K), t0, h0, w0, t1, h1, w1, LH, LW)
@@ -167,7 +170,7 @@ def backward_windows(
 
 @triton.jit
 def backward_patches(
-    grad, shares, dots, means, grad_values, grad_weights, clips, temperature, batch,
+    grad, shares, dots, means, grad_values, grad_weights, clips, slots, temperature, batch,
     VB, VT, VH, VW, WB, WT, WH, WW, D, T, H, W, TO, HO, WO, KT, KH, KW, JT, JH, JW, LT, LH, LW, MT, MH, MW,
     BATCH: tl.constexpr, RAGGED: tl.constexpr, KERNEL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, NEED_VALUES: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
@@ -188,14 +191,16 @@ def backward_patches(
     grad_value = tl.zeros([ROWS, BLOCK_D], tl.float32)
     grad_weight = tl.zeros([ROWS], tl.float32)
     base = first_output if RAGGED else b * TO
+    first_slot, volume = clip_slots(clips, slots, b, TO, HO, WO, LT, LH, LW, RAGGED)
     for m in range(0, MT * MH * MW):
         ot, oh, ow = ot0 + m // (MH * MW), oh0 + m // MW % MH, ow0 + m % MW
         inside = valid & (ot < ot1) & (oh < oh1) & (ow < ow1)
-        window = ((base + ot) * HO + oh) * WO + ow
+        local = (ot * HO + oh) * WO + ow
+        window = base * HO * WO + local
         kt = t - axis_begin(ot, frames, TO, KT, JT, KERNEL)
         kh = h - axis_begin(oh, H, HO, KH, JH, KERNEL)
         kw = w - axis_begin(ow, W, WO, KW, JW, KERNEL)
-        slot = ((window.to(tl.int64) * LT + kt) * LH + kh) * LW + kw
+        slot = first_slot + local.to(tl.int64) * volume + (kt * LH + kh) * LW + kw
         share = tl.load(shares + slot, mask=inside, other=0.0)  # [ROWS]
         if NEED_WEIGHTS:
             dot = tl.load(dots + slot, mask=inside, other=0.0)
@@ -246,16 +251,19 @@ def pooled_shape(values, plan, window):
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
     plan = make_plan(values, cu_frames, window)
     grad, empty = grad.contiguous(), values.new_empty(0)
-    shares = torch.empty((plan.windows, plan.volume), dtype=torch.float32, device=values.device)
+    shares = torch.empty((plan.scratch,), dtype=torch.float32, device=values.device)
     dots = torch.empty_like(shares) if need_weights else None
     means = shares.new_empty(plan.windows, dtype=torch.float64) if need_weights else None
     grad_values = values.new_empty(values.shape) if need_values else None
     grad_weights = weights.new_empty(weights.shape) if need_weights else None
     arguments = _shared(values, weights, plan)
-    block_k, block_d = arguments.pop("BLOCK_K"), arguments["BLOCK_D"]
-    common = dict(grad=grad, shares=shares, dots=dots, means=means, temperature=temperature, NEED_WEIGHTS=need_weights)
+    block_k = arguments.pop("BLOCK_K")
+    common = dict(
+        grad=grad, shares=shares, dots=dots, means=means, slots=plan.slots, temperature=temperature,
+        NEED_WEIGHTS=need_weights,
+    )  # fmt: skip
     source = (NONE if weights is None else TENSOR).value
-    first = dict(values=values, weights=weights, SOURCE=source, BLOCK_K=block_k, BLOCK_D=max(16, block_d // 2))
+    first = dict(values=values, weights=weights, SOURCE=source, BLOCK_K=block_k)
     launch(backward_windows, (plan.windows,), values.device, common | arguments | first)
 
     arguments |= _strides("V", strides(grad_values, plan)) | _strides("W", strides(grad_weights, plan))

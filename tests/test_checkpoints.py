@@ -1,0 +1,170 @@
+"""The model on disk: round trips, and weights that are not exactly its own."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import batch, close, fresh, generate, tiny
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+
+from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaModel, PPLlavaProcessor
+
+INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+BIAS = "model.multi_modal_projector.linear_1.bias"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    model, processor = tiny()
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_round_trip(folder, auto):
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[name] for name in INFO)
+    assert isinstance(model, PPLlavaForConditionalGeneration)
+    assert model.config.to_dict().keys() == tiny()[0].config.to_dict().keys()
+    expected = tiny()[0].state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    processor = AutoProcessor.from_pretrained(folder)
+    assert isinstance(processor, PPLlavaProcessor)
+    inputs = batch(4, 5, processor=processor)
+    assert inputs.keys() == batch(4, 5).keys()
+    assert all(torch.equal(value, inputs[name]) for name, value in batch(4, 5).items())
+    close(model(**inputs).logits, tiny()[0](**inputs).logits, 1e-4)
+    assert generate(model, inputs) == generate(tiny()[0], inputs)
+
+
+def test_base_model_and_config_load(folder):
+    assert isinstance(AutoConfig.from_pretrained(folder), PPLlavaConfig)
+    model = AutoModel.from_pretrained(folder)
+    assert isinstance(model, PPLlavaModel)
+    assert torch.equal(model.logit_scale, tiny()[0].model.logit_scale)
+
+
+def test_loading_in_bfloat16_keeps_the_scale(folder):
+    model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.model.logit_scale.dtype == torch.float32
+    assert {p.dtype for name, p in model.named_parameters() if "logit_scale" not in name} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForImageTextToText])
+def test_arguments_pass_through(folder, auto):
+    model, info = auto.from_pretrained(folder, dtype=torch.float16, device_map="meta", output_loading_info=True)
+    assert not any(info[name] for name in INFO)  # the head that AutoModel leaves over is no surplus
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for name, p in model.named_parameters() if "logit_scale" not in name} == {torch.float16}
+
+
+def test_shards_and_a_state_dict(tmp_path):
+    model = tiny()[0]
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    given = PPLlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    for loaded in (PPLlavaForConditionalGeneration.from_pretrained(tmp_path), given):
+        assert torch.equal(loaded.get_parameter(BIAS), model.get_parameter(BIAS))
+
+
+def test_tied_weights(tmp_path):
+    model = fresh(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "whole")
+    assert "lm_head.weight" not in load_file(tmp_path / "whole" / "model.safetensors")
+    model.model.save_pretrained(tmp_path / "base")
+    for name in ("whole", "base"):
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+        assert isinstance(AutoModel.from_pretrained(tmp_path / name), PPLlavaModel)
+
+
+# Weights that are not those of the model
+
+
+@pytest.fixture
+def changed(folder, tmp_path):
+    """A function that writes the checkpoint with other weights: None leaves one out."""
+
+    def write(weights):
+        tiny()[0].config.save_pretrained(tmp_path)
+        whole = {**load_file(folder / "model.safetensors"), **weights}
+        kept = {name: value for name, value in whole.items() if value is not None}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path
+
+    return write
+
+
+def error(folder, got, cls="PPLlavaForConditionalGeneration", remedy=""):
+    message = (
+        f"the weights in {str(folder)!r} must be exactly those of {cls} with its config.json, got {got}; "
+        f"load a folder as save_pretrained wrote it{remedy}"
+    )
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+RANDOM = ", or pass ignore_mismatched_sizes=True to make the mis-shaped ones random"
+
+
+@pytest.mark.parametrize("auto", [PPLlavaForConditionalGeneration, AutoModelForImageTextToText])
+@pytest.mark.parametrize(
+    ("weights", "got", "remedy"),
+    [
+        ({BIAS: None}, f"1 missing: {BIAS}", ""),
+        ({"lm_head.weight": None}, "1 missing: lm_head.weight", ""),
+        ({"extra": torch.ones(1)}, "1 unexpected: extra", ""),
+        ({"lm_head.bias": torch.ones(320)}, "1 unexpected: lm_head.bias", ""),
+        ({BIAS: torch.ones(3)}, f"1 mis-shaped: {BIAS} [3] instead of [48]", RANDOM),
+        (
+            {"extra.b": torch.ones(1), "extra.a": torch.ones(1), BIAS: None, "model.logit_scale": torch.ones(2)},
+            f"1 missing: {BIAS}; 2 unexpected: extra.a, extra.b; 1 mis-shaped: model.logit_scale [2] instead of []",
+            RANDOM,
+        ),
+    ],
+)
+def test_wrong_weights(changed, weights, got, remedy, auto):
+    folder = changed(weights)
+    with error(folder, got, remedy=remedy):
+        auto.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "got"),
+    [
+        ({BIAS: None}, f"1 missing: {BIAS.removeprefix('model.')}"),
+        ({"extra": torch.ones(1)}, "1 unexpected: extra"),
+        ({"lm_head.bias": torch.ones(320)}, "1 unexpected: lm_head.bias"),
+    ],
+)
+def test_wrong_weights_of_the_base_model(changed, weights, got):
+    folder = changed(weights)
+    with error(folder, got, "PPLlavaModel"):
+        AutoModel.from_pretrained(folder, output_loading_info=True)
+
+
+def test_many_wrong_weights_are_counted(changed):
+    folder = changed({f"extra.{i:02}": torch.ones(1) for i in range(37)})
+    first = ", ".join(f"extra.{i:02}" for i in range(10))
+    with error(folder, f"37 unexpected: {first} and 27 more"):
+        PPLlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_the_head_is_not_in_a_base_model(tmp_path):
+    tiny()[0].model.save_pretrained(tmp_path)
+    with error(tmp_path, "1 missing: lm_head.weight"):
+        PPLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_ignore_mismatched_sizes_ignores_nothing_else(changed):
+    ignore = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = AutoModelForImageTextToText.from_pretrained(changed({BIAS: torch.ones(3)}), **ignore)
+    assert model.get_parameter(BIAS).shape == (48,)
+    assert {name for name, *_ in info["mismatched_keys"]} == {BIAS}
+    folder = changed({BIAS: torch.ones(3), "lm_head.weight": None})
+    with error(folder, "1 missing: lm_head.weight"):
+        AutoModelForImageTextToText.from_pretrained(folder, **ignore)

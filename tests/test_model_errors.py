@@ -1,0 +1,111 @@
+"""The model given wrong input: every error word for word."""
+
+import re
+
+import pytest
+import torch
+from tiny import batch, tiny
+
+
+def without(inputs, *names):
+    return {name: value for name, value in inputs.items() if name not in names}
+
+
+def wrong_inputs():
+    good = batch(4, 5)
+    guide = ("guide_input_ids", "guide_attention_mask")
+    ids = good["input_ids"]
+    return {
+        "guide": (
+            without(good, *guide),
+            "guide_input_ids must be given with pixel_values_videos, got None; PPLlavaProcessor makes "
+            "them from the user's "
+            "question",
+        ),
+        "guide rows": (
+            {**good, "guide_input_ids": good["guide_input_ids"][:1], "guide_attention_mask": None},
+            "guide_input_ids must have one row for each of the 2 videos, got 1; repeat the question of "
+            "a prompt for each of "
+            "its videos, and leave out prompts without one",
+        ),
+        "guide length": (
+            {**good, "guide_input_ids": torch.ones(2, 249, dtype=torch.long), "guide_attention_mask": None},
+            "guide_input_ids must have at most the 248 positions of the guide, got 249; let "
+            "PPLlavaProcessor truncate the "
+            "question",
+        ),
+        "guide mask": (
+            {**good, "guide_attention_mask": good["guide_attention_mask"][:, 1:]},
+            "guide_attention_mask must have the shape of guide_input_ids, [2, 40], got [2, 39]; pass both as "
+            "PPLlavaProcessor makes them",
+        ),
+        "guide alone": (
+            {"input_ids": torch.ones(1, 4, dtype=torch.long), "guide_input_ids": good["guide_input_ids"]},
+            "guide_input_ids has 2 rows, but no pixel_values_videos came with it; leave it out for a "
+            "prompt without a video",
+        ),
+        "frames": (
+            {**good, "video_frames": torch.tensor([4, 4])},
+            "pixel_values_videos must be [F, 3, S, S] with F = 8, the sum of video_frames, each at least 1, got shape "
+            "[9, 3, 42, 42] and video_frames [4, 4]; concatenate the frames of all videos",
+        ),
+        "no frames": (
+            {**good, "video_frames": torch.tensor([9, 0])},
+            "pixel_values_videos must be [F, 3, S, S] with F = 9, the sum of video_frames, each at least 1, got shape "
+            "[9, 3, 42, 42] and video_frames [9, 0]; concatenate the frames of all videos",
+        ),
+        "unpacked": (
+            without(good, "video_frames"),
+            "pixel_values_videos must be [B, T, 3, S, S] where video_frames is None, got shape [9, 3, "
+            "42, 42]; pass the "
+            "number of frames of each video to pack videos as [F, 3, S, S]",
+        ),
+        "placeholders": (
+            {**good, "input_ids": ids[:, -20:], "attention_mask": None},
+            "input_ids must hold one <video> token (id 3) for each visual token, 16 for the 2 videos, got 0; let "
+            "PPLlavaProcessor expand the prompt, and do not truncate it",
+        ),
+        "too many placeholders": (
+            {**good, "input_ids": torch.cat([ids, ids[:, -1:] * 0 + 3], 1), "attention_mask": None},
+            "input_ids must hold one <video> token (id 3) for each visual token, 16 for the 2 videos, got 18; let "
+            "PPLlavaProcessor expand the prompt, and with generate's prompt_lookup_num_tokens, which copies <video>, "
+            "pass suppress_tokens=[3]",
+        ),
+        "no video": (
+            {"input_ids": ids},
+            "input_ids holds 16 <video> tokens, but no video came with them; pass pixel_values_videos (generate's "
+            "prefill_chunk_size loses them before transformers 5.23)",
+        ),
+        "images": (
+            {"input_ids": ids, "pixel_values": torch.zeros(1, 3, 42, 42)},
+            "pixel_values are images, only videos are supported; pass frames as pixel_values_videos",
+        ),
+        "twice": (
+            {**good, "mm_encoder_outputs": {"video": tiny()[0].get_video_features(**good)}},
+            "pixel_values_videos and mm_encoder_outputs['video'] are the same videos twice; pass one of them",
+        ),
+        "neither": ({}, "exactly one of input_ids and inputs_embeds must be given, got neither; pass one of them"),
+        "short": (
+            {**batch(4), "pixel_values_videos": torch.zeros(1, 3, 42, 42), "video_frames": torch.tensor([1])},
+            "kernel_size must fit into the clip, got kernel_size (2, 3, 3) for (T, H, W) = (1, 6, 6); use a smaller "
+            "kernel_size, or output_size, which fits any clip",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_inputs())
+def test_errors(case):
+    inputs, message = wrong_inputs()[case]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tiny()[0](**inputs)
+
+
+def test_pixels_are_not_bytes():
+    inputs = batch(4, 5)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(torch.uint8)
+    message = (
+        "pixel_values_videos must be floating point, normalised as the vision tower wants it, got torch.uint8; let "
+        "PPLlavaProcessor make it from the frames"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        tiny()[0](**inputs)
