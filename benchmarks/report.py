@@ -207,10 +207,10 @@ def machine_line(machine: dict) -> str:
 
 def busy(machine: dict) -> str | None:
     """A warning where others use this CPU: OpenMP's threads then wait whole time slices for each other."""
-    load, cores = machine.get("load"), machine["cores"]
-    if machine["type"] != "cpu" or load is None or load < cores / 2:
+    busy, cores = machine.get("cores_busy"), machine["cores"]
+    if machine["type"] != "cpu" or busy is None or busy < cores / 4:
         return None
-    return f"Others used this machine (load average {load} on {cores} cores before the run): no ratio here is reliable."
+    return f"Others used {busy} of the {cores} cores right before the run: no ratio here is reliable."
 
 
 def kernels_table(rows: Sequence[Row], machine: dict) -> Table:

@@ -344,8 +344,11 @@ def test_device_folders():
 
 
 def test_a_busy_machine_is_named():
-    assert report.busy({"type": "cpu", "cores": 2, "load": 0.6}) is None
-    assert "load average 4.1 on 2 cores" in report.busy({"type": "cpu", "cores": 2, "load": 4.1})
+    assert report.busy({"type": "cpu", "cores": 2, "cores_busy": 0.3}) is None
+    assert "Others used 1.9 of the 2 cores" in report.busy({"type": "cpu", "cores": 2, "cores_busy": 1.9})
+    stat = "cpu  100 5 20 1000 50 3 2 1 7 0\ncpu0 50 2 10 500 25 1 1 0 0 0\n"
+    assert machine.cpu_ticks(stat) == (131, 1181)
+    assert machine.cores_busy(0.01) is None or machine.cores_busy(0.01) >= 0
 
 
 # ---- the blocks of README and docs
