@@ -28,12 +28,17 @@ RATIOS = ("first_token", "videos_s", "flops")
 
 
 def device_tables(results: Path, kind: str, device: Callable[[dict], str]) -> str:
-    """A table for each device that has a <kind>.json; GPUs first."""
-    found = [report.read(path, kind) for path in sorted(results.glob(f"*/{kind}.json"))]
-    found.sort(key=lambda result: result["machine"]["type"] != "cuda")
-    parts = [device(result) for result in found]
-    for kind, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")):
-        if not any(result["machine"]["type"] == kind for result in found):
+    """A table, and the chart if there is one, for each device that has a <kind>.json; GPUs first."""
+    found = [(path, report.read(path, kind)) for path in sorted(results.glob(f"*/{kind}.json"))]
+    found.sort(key=lambda item: item[1]["machine"]["type"] != "cuda")
+    parts = []
+    for path, result in found:
+        parts.append(device(result))
+        if path.with_suffix(".png").exists():
+            picture = path.with_suffix(".png").relative_to(results.parent.parent).as_posix()
+            parts.append(f"![{kind} on {result['machine']['device']}]({picture})")
+    for type_, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")):
+        if not any(result["machine"]["type"] == type_ for _, result in found):
             parts.append(f"**{name}**: not measured yet.")
     return "\n\n".join(parts)
 
