@@ -126,16 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with fresh_compile_cache():
         rows = run(cases, settings, save, not args.no_isolation, args.time_limit)
     left_out = save(rows)
-    console = report.console()
-    console.print(report.kernels_table(rows, machine))
-    for line in (f"wrote {path}", chart.draw(path), *(f"left out after --time-limit: {name}" for name in left_out)):
-        console.print(line, highlight=False, soft_wrap=True)
-    if warning := report.busy(machine):
-        console.print(warning, style="bold yellow", highlight=False, soft_wrap=True)
-    wrong = [row for row in rows if row.status == "wrong"]
-    for row in wrong:
-        console.print(f"WRONG: {row.line()}", style="bold red", highlight=False, soft_wrap=True)
-    return 1 if wrong else 0
+    lines = [f"wrote {path}", chart.draw(path), *(f"left out after --time-limit: {name}" for name in left_out)]
+    return report.finish(rows, report.kernels_table(rows, machine), lines, machine)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,20 @@ def busy(machine: dict) -> str | None:
     return f"Others used {busy} of the {cores} cores right before the run: no ratio here is reliable."
 
 
+def finish(rows: Sequence[Row | VideoRow], table: Table, lines: Sequence[str | None], machine: dict) -> int:
+    """Print the table, then `lines`, then what the reader must not miss; the exit code of the command."""
+    out = console()
+    out.print(table)
+    for line in filter(None, lines):
+        out.print(line, highlight=False, soft_wrap=True)
+    if warning := busy(machine):
+        out.print(warning, style="bold yellow", highlight=False, soft_wrap=True)
+    wrong = [row for row in rows if row.status == "wrong"]
+    for row in wrong:
+        out.print(f"WRONG: {row.line()}", style="bold red", highlight=False, soft_wrap=True)
+    return 1 if wrong else 0
+
+
 def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
     from rich.table import Table
 

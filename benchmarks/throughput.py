@@ -258,15 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.write(path, "throughput", machine, protocol(args), [row.as_dict() for row in rows])
 
     rows = run(args, save)
-    console = report.console()
-    console.print(report.throughput_table(rows, machine))
-    for line in (report.busy(machine), f"wrote {path}", chart.draw_throughput(path)):
-        if line is not None:
-            console.print(line, highlight=False, soft_wrap=True)
-    wrong = [row for row in rows if row.status == "wrong"]
-    for row in wrong:
-        console.print(f"WRONG: {row.line()}", style="bold red", highlight=False, soft_wrap=True)
-    return 1 if wrong else 0
+    lines = [f"wrote {path}", chart.draw_throughput(path)]
+    return report.finish(rows, report.throughput_table(rows, machine), lines, machine)
 
 
 if __name__ == "__main__":
