@@ -36,7 +36,7 @@ smoke: dist  ## install the wheel into a second, fresh environment and use it ou
 
 gpu:  ## the GPU round, without network or .venv: build in place, test on the GPU, measure
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors
 	$(PYTHON) -m benchmarks.kernels --device cuda --time-limit 300 $(if $(OUT),--out $(OUT))
 
 # torch first and no build isolation: with it, pip would fetch the newest torch to build against.
