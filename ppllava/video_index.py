@@ -97,7 +97,7 @@ def _promised(container, stream, path: str, packets: list[Packet], cut: int, rat
         is_cut = count > len(packets) and short * rate > (0.5 if stream.frames else 0.5 * rate)
     if not is_cut:
         return ""
-    return f"about {count}" if count > len(packets) else f"at least {len(packets) + 1}"
+    return f"about {count}" if count > len(packets) else "an unknown number"
 
 
 def _declared_end(container, stream) -> float:

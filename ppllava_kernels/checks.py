@@ -11,7 +11,7 @@ from . import backends
 from .shapes import Window, check_fits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LARGEST = torch.finfo(torch.float32).max
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 DENSE, RAGGED = "B, T, H, W", "F, H, W"
 
 
@@ -112,10 +112,12 @@ def check_window(values: Tensor, window: Window, cu_frames: Tensor | None) -> No
 
 
 def check_temperature(temperature: float) -> float:
-    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}; use temperature.item()")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}; the original model uses 0.01")
+    if isinstance(temperature, (bool, Tensor)) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}; pass a number such as 0.01")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(
+            f"temperature must be positive and finite in float32, got {temperature}; the original model uses 0.01"
+        )
     return float(temperature)
 
 

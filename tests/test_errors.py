@@ -128,12 +128,22 @@ CHANGES = {
     "temperature_zero": (
         dict(temperature=0.0),
         ValueError,
-        "temperature must be positive and finite, got 0.0; the original model uses 0.01",
+        "temperature must be positive and finite in float32, got 0.0; the original model uses 0.01",
+    ),
+    "temperature_tiny": (
+        dict(temperature=1e-46),
+        ValueError,
+        "temperature must be positive and finite in float32, got 1e-46; the original model uses 0.01",
+    ),
+    "temperature_bool": (
+        dict(temperature=True),
+        TypeError,
+        "temperature must be a float, got bool; pass a number such as 0.01",
     ),
     "temperature_tensor": (
         dict(temperature=torch.tensor(0.1)),
         TypeError,
-        "temperature must be a float, got Tensor; use temperature.item()",
+        "temperature must be a float, got Tensor; pass a number such as 0.01",
     ),
     "logit_scale_nan": (
         dict(logit_scale=float("nan")),
@@ -378,7 +388,7 @@ def test_the_other_ops_check_as_well():
         weighted_pool3d(torch.randn(B, T, H, W, D), torch.ones(B, T, H, W, dtype=torch.bool), **WINDOW)
     with pytest.raises(ValueError, match=r"^text_embeds must have the 16 channels"):
         prompt_relevance(torch.randn(B, T, H, W, C), torch.randn(B, 3))
-    with pytest.raises(ValueError, match=r"^temperature must be positive and finite, got -1; the original"):
+    with pytest.raises(ValueError, match=r"^temperature must be positive and finite in float32, got -1; the original"):
         PromptGuidedPool3d(2, temperature=-1)
     with pytest.raises(ValueError, match=r"^logit_scale must be one floating point number, got torch.float32 of shape"):
         PromptGuidedPool3d(2, logit_scale=torch.ones(3))
