@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from close import assert_close
 
@@ -167,6 +168,21 @@ def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=con
     for name in exact:
         others = [outputs[name] for outputs in (*eager, *moved)]
         assert_close(f"{op} {backend} {name}", actual[name], others, exact[name])
+
+
+def check_dtypes(op: str, case: str, dtypes: str, place: tuple[str, str]) -> None:
+    """`check` for named inputs; Triton must refuse float64, in one sentence, and never compute it in less."""
+    tensors = make_inputs(CASES[case], DTYPES[dtypes])
+    if dtypes != "fp64" or place[0] != "triton":
+        check(op, CASES[case], tensors, place)
+        return
+    with pytest.raises(ValueError, match=r"^backend='triton' cannot run: triton computes in float32 and got float64"):
+        run(op, CASES[case], {name: x.to(place[1]) for name, x in tensors.items()}, "triton")
+
+
+def with_layouts(*cases: str) -> list:
+    """(case, layout) parameters; packed clips share no batch axis to expand."""
+    return [(c, x) for c in cases for x in LAYOUTS if x != "expanded" or CASES[c].cu_frames is None]
 
 
 def eager_runs(op: str, case: Case, tensors: dict, **options) -> list[dict]:

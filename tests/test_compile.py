@@ -121,10 +121,11 @@ def test_compile_keeps_one_opaque_node_in_each_direction():
     ]
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("window", [KERNEL, ADAPTIVE, dict(kernel_size=(1, 3, 3))], ids=["kernel", "adaptive", "frame"])
-def test_compile_ragged(window):
+def test_compile_ragged(window, backend):
     """With kernel_size the number of pooled frames depends on the values of cu_frames."""
-    function = lambda *x: prompt_guided_pool3d(*x, cu_frames=RAGGED, backend="cpp", **window)  # noqa: E731
+    function = lambda *x: prompt_guided_pool3d(*x, cu_frames=RAGGED, backend=backend, **window)  # noqa: E731
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
     for a, e in zip(results(compiled, packed(inputs(3))), results(function, packed(inputs(3)))):

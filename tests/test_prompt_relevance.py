@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, check, cu_frames_of, make_inputs
+from cases import CASES, DTYPES, LAYOUTS, check, check_dtypes, cu_frames_of, make_inputs, with_layouts
 
 from ppllava_kernels import prompt_relevance
 
@@ -12,16 +12,11 @@ SIZES = ["divisible", "single", "ragged", "ragged_one_frame", "odd_channels", "m
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", SIZES)
 def test_against_reference(case, dtypes, place):
-    if dtypes == "fp64" and place[0] == "triton":
-        return  # said in one sentence: test_errors.py
-    check("prompt_relevance", CASES[case], make_inputs(CASES[case], DTYPES[dtypes]), place)
+    check_dtypes("prompt_relevance", case, dtypes, place)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["divisible", "ragged"])
+@pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "ragged"))
 def test_strides(case, layout, place):
-    if layout == "expanded" and CASES[case].cu_frames is not None:
-        layout = "sliced"  # packed clips share no batch axis to expand
     check("prompt_relevance", CASES[case], make_inputs(CASES[case]), place, layout=LAYOUTS[layout])
 
 

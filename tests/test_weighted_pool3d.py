@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, check, make_inputs, run
+from cases import CASES, DTYPES, LAYOUTS, check, check_dtypes, make_inputs, with_layouts
 from safetensors.torch import load_file
 
 from ppllava_kernels import WeightedPool3d, pooled_size, weighted_pool3d
@@ -17,18 +17,11 @@ META = json.loads((GOLDEN / "meta.json").read_text())["cases"]
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_against_reference(case, dtypes, place):
-    if dtypes == "fp64" and place[0] == "triton":
-        with pytest.raises(ValueError, match="triton computes in float32 and got float64"):
-            run("weighted_pool3d", CASES[case], make_inputs(CASES[case], DTYPES[dtypes]), "triton")
-        return
-    check("weighted_pool3d", CASES[case], make_inputs(CASES[case], DTYPES[dtypes]), place)
+    check_dtypes("weighted_pool3d", case, dtypes, place)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["divisible", "overlap", "adaptive", "ragged"])
+@pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "overlap", "adaptive", "ragged"))
 def test_strides(case, layout, place):
-    if layout == "expanded" and CASES[case].cu_frames is not None:
-        layout = "sliced"  # packed clips share no batch axis to expand
     check("weighted_pool3d", CASES[case], make_inputs(CASES[case]), place, layout=LAYOUTS[layout])
 
 
