@@ -1,7 +1,13 @@
-"""Builds the C++ kernels; everything else is in pyproject.toml. Without a compiler the package still installs."""
+"""Builds the C++ and CUDA kernels; everything else is in pyproject.toml. Without a compiler the package still installs.
 
+PPLLAVA_CUDA_ARCHS chooses what nvcc compiles for, for example "80;90" or "90+PTX"; "none" leaves CUDA out.
+"""
+
+import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +15,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+CUDA_KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
 NOTE = Path("ppllava_kernels/_C.missing")  # read by ppllava_kernels/backends/cpp.py
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -24,6 +31,32 @@ FLAGS = ["-O3", "-g0", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform ==
 
 
 LINK = ["-fopenmp"] if sys.platform == "linux" and "clang" in get_cxx_compiler() else []
+
+# What PyTorch itself is built for, as far as this nvcc knows it, and PTX of the newest for GPUs to come.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
+def find_nvcc() -> Path | None:
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [home / "bin" / "nvcc" for home in (*homes, Path("/usr/local/cuda"))]
+    return next((path for path in (found[: len(homes)]) if path.exists()), None) or (
+        Path(on_path) if (on_path := shutil.which("nvcc")) else found[-1] if found[-1].exists() else None
+    )
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    asked = re.split(r"[;,\s]+", os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip())
+    if asked != [""]:
+        return asked
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    return [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def gencode(arch: str) -> list[str]:
+    number, _, ptx = arch.partition("+")
+    targets = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
+    return [f"-gencode=arch=compute_{number},code=[{','.join(targets)}]"]
 
 
 class BuildKernels(BuildExtension):
@@ -52,7 +85,40 @@ class BuildKernels(BuildExtension):
                 extra_postargs=[*FLAGS, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
                 depends=extension.depends,
             )
+        missing = self.add_cuda(extension)
+        if missing is not None:
+            sys.stderr.write(f"warning: the CUDA kernels are left out: {missing}\n")
+            extension.define_macros.append(("PPLLAVA_CUDA_MISSING", f'"{missing}"'))
         super().build_extension(extension)
+
+    def add_cuda(self, extension) -> str | None:
+        """Compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be."""
+        nvcc = find_nvcc()
+        if os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower() == "none":
+            return "PPLLAVA_CUDA_ARCHS=none when it was installed"
+        if nvcc is None:
+            return "there was no nvcc when it was installed"
+        home = nvcc.resolve().parent.parent
+        libraries = [path.parent for path in home.glob("**/libcudart_static.a")]
+        if not libraries:
+            return "nvcc came without libcudart_static.a when it was installed"
+        archs = cuda_archs(nvcc)
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in CUDA_KERNELS:
+            objects.append(str(folder / source.with_suffix(".o").name))
+            command = [nvcc, "-c", source, "-o", objects[-1], "-std=c++17", "-O3", "--threads=0"]
+            command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(flag for arch in archs for flag in gencode(arch))]
+            print(*command, flush=True)
+            if subprocess.run(command).returncode != 0:
+                return f"nvcc could not compile {source} when it was installed"
+        extension.extra_objects += objects
+        extension.library_dirs.append(str(libraries[0]))
+        # The runtime is linked in, so that nothing of CUDA is needed to import this on a machine without it.
+        extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        extension.define_macros += [("PPLLAVA_WITH_CUDA", None), ("PPLLAVA_CUDA_ARCHS", f'"{" ".join(archs)}"')]
+        return None
 
 
 setup(

@@ -9,7 +9,8 @@
 #include <string>    // defines: std::string
 #include <vector>    // defines: std::vector
 
-#include "cpu/kernels.h"  // defines: the CPU kernels
+#include "cpu/kernels.h"   // defines: the CPU kernels
+#include "cuda/kernels.h"  // defines: the launchers of the CUDA kernels
 
 namespace ppllava {
 namespace {
@@ -33,20 +34,31 @@ Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
-// axes: 4 for [B, T, H, W] and 3 for [F, H, W], besides the channels.
-Grid grid_of(const OptionalTensor& x, int axes) {
-  if (!x) return {};
-  TORCH_CHECK(x->device().is_cpu() && x->dim() >= axes, "expected a CPU tensor of at least ", axes, " axes");
-  Grid grid{x->data_ptr(), dtype_of(*x), {}};
-  for (int n = 0; n < axes; ++n) grid.stride[4 - axes + n] = x->stride(n);
-  return grid;
-}
+// Where the tensors of a call are: checked here, too, since torch.ops can be called without the checks of Python.
+struct Tensors {
+  at::Device device;
 
-void* data_of(const OptionalTensor& x) {
-  if (!x) return nullptr;
-  TORCH_CHECK(x->device().is_cpu() && x->is_contiguous(), "expected a contiguous CPU tensor");
-  return x->data_ptr();
-}
+  void check(const at::Tensor& x) const {
+    TORCH_CHECK(x.device() == device, "expected a tensor on ", device, ", got one on ", x.device());
+  }
+
+  // axes: 4 for [B, T, H, W] and 3 for [F, H, W], besides the channels.
+  Grid grid(const OptionalTensor& x, int axes) const {
+    if (!x) return {};
+    check(*x);
+    TORCH_CHECK(x->dim() >= axes, "expected a tensor of at least ", axes, " axes, got ", x->dim());
+    Grid grid{x->data_ptr(), dtype_of(*x), {}};
+    for (int n = 0; n < axes; ++n) grid.stride[4 - axes + n] = x->stride(n);
+    return grid;
+  }
+
+  void* data(const OptionalTensor& x) const {
+    if (!x) return nullptr;
+    check(*x);
+    TORCH_CHECK(x->is_contiguous(), "expected a contiguous tensor");
+    return x->data_ptr();
+  }
+};
 
 // counts: frames of each clip; ragged: the clips share one frame axis.
 std::vector<Clip> clips_of(const Sizes& counts, bool ragged) {
@@ -59,6 +71,8 @@ std::vector<Clip> clips_of(const Sizes& counts, bool ragged) {
   return clips;
 }
 
+const Tensors kCpu{at::kCPU};
+
 // As ATen chooses for its own kernels, ATEN_CPU_CAPABILITY included.
 #ifdef PPLLAVA_X86
 #define PPLLAVA_CALL(kernel, args)                                \
@@ -70,46 +84,20 @@ std::vector<Clip> clips_of(const Sizes& counts, bool ragged) {
 #define PPLLAVA_CALL(kernel, args) DEFAULT::kernel(args)
 #endif
 
-struct Relevance {
-  std::vector<Clip> clips;
-  RelevanceArgs args;
-
-  Relevance(const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale, const Sizes& counts) {
-    const bool ragged = image_embeds.dim() == 4;
-    clips = clips_of(counts, ragged);
-    args = {};
-    args.image_embeds = grid_of(image_embeds, ragged ? 3 : 4);
-    args.text_embeds = data_of(text_embeds);
-    args.clips = clips.data();
-    args.batch = clips.size();
-    args.height = image_embeds.size(-3);
-    args.width = image_embeds.size(-2);
-    args.channels = image_embeds.size(-1);
-    args.scale = scale;
-  }
-};
-
-void prompt_relevance(
-    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale,
+// What all calls of the relevance give its kernels.
+void fill(
+    RelevanceArgs& args, std::vector<Clip>& clips, const Tensors& on, const at::Tensor& image_embeds, double scale,
     const Sizes& counts) {
-  Relevance call(image_embeds, text_embeds, scale, counts);
-  call.args.relevance = data_of(relevance);
-  py::gil_scoped_release unlocked;
-  PPLLAVA_CALL(prompt_relevance, call.args);
-}
-
-void prompt_relevance_backward(
-    const at::Tensor& grad_image, const at::Tensor& grad_text, const at::Tensor& grad_scale, const at::Tensor& grad,
-    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale,
-    const Sizes& counts) {
-  Relevance call(image_embeds, text_embeds, scale, counts);
-  call.args.relevance = data_of(relevance);
-  call.args.grad = data_of(grad);
-  call.args.grad_image = grid_of(grad_image, grad_image.dim() - 1);
-  call.args.grad_text = data_of(grad_text);
-  call.args.grad_scale = data_of(grad_scale);
-  py::gil_scoped_release unlocked;
-  PPLLAVA_CALL(prompt_relevance_backward, call.args);
+  const bool ragged = image_embeds.dim() == 4;
+  clips = clips_of(counts, ragged);
+  args.image_embeds = on.grid(image_embeds, ragged ? 3 : 4);
+  args.clips = clips.data();
+  args.ragged = ragged;
+  args.batch = clips.size();
+  args.height = image_embeds.size(-3);
+  args.width = image_embeds.size(-2);
+  args.channels = image_embeds.size(-1);
+  args.scale = scale;
 }
 
 struct Pool {
@@ -120,13 +108,14 @@ struct Pool {
   // window: kernel and stride (zeros: adaptive), windows along (T, H, W), rows and columns in the largest window.
   // outputs, spans: pooled frames of each clip, and frames in its largest window.
   Pool(
-      const at::Tensor& values, const OptionalTensor& weights, double temperature, const std::vector<Sizes>& window,
-      const Sizes& counts, const Sizes& outputs, const Sizes& spans)
+      const Tensors& on, const at::Tensor& values, const OptionalTensor& weights, double temperature,
+      const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans)
       : axes(values.dim() - 1) {
     clips = clips_of(counts, axes == 3);
     args = {};
-    args.values = grid_of(values, axes);
-    args.weights = grid_of(weights, axes);
+    args.values = on.grid(values, axes);
+    args.weights = on.grid(weights, axes);
+    args.ragged = axes == 3;
     args.batch = clips.size();
     args.height = values.size(-3);
     args.width = values.size(-2);
@@ -153,13 +142,53 @@ struct Pool {
   }
 };
 
+void prompt_relevance(
+    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale,
+    const Sizes& counts) {
+  RelevanceArgs args{};
+  std::vector<Clip> clips;
+  fill(args, clips, kCpu, image_embeds, scale, counts);
+  args.text_embeds = kCpu.data(text_embeds);
+  args.relevance = kCpu.data(relevance);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(prompt_relevance, args);
+}
+
+void prompt_relevance_backward(
+    const at::Tensor& grad_image, const at::Tensor& grad_text, const at::Tensor& grad_scale, const at::Tensor& grad,
+    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds, double scale,
+    const Sizes& counts) {
+  RelevanceArgs args{};
+  std::vector<Clip> clips;
+  fill(args, clips, kCpu, image_embeds, scale, counts);
+  args.text_embeds = kCpu.data(text_embeds);
+  args.relevance = kCpu.data(relevance);
+  args.grad = kCpu.data(grad);
+  args.grad_image = kCpu.grid(grad_image, grad_image.dim() - 1);
+  args.grad_text = kCpu.data(grad_text);
+  args.grad_scale = kCpu.data(grad_scale);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(prompt_relevance_backward, args);
+}
+
 void weighted_pool3d(
     const at::Tensor& pooled, const at::Tensor& values, const OptionalTensor& weights, double temperature,
     const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans) {
-  Pool call(values, weights, temperature, window, counts, outputs, spans);
-  call.args.pooled = data_of(pooled);
+  Pool call(kCpu, values, weights, temperature, window, counts, outputs, spans);
+  call.args.pooled = kCpu.data(pooled);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(weighted_pool3d, call.args);
+}
+
+// Of either device.
+void fill_backward(
+    Pool& call, const Tensors& on, const OptionalTensor& grad_values, const OptionalTensor& grad_weights,
+    const at::Tensor& shares, const OptionalTensor& grad_scores, const at::Tensor& grad) {
+  call.args.grad_values = on.grid(grad_values, call.axes);
+  call.args.grad_weights = on.grid(grad_weights, call.axes);
+  call.args.shares = on.data(shares);
+  call.args.grad_scores = on.data(grad_scores);
+  call.args.grad = on.data(grad);
 }
 
 void weighted_pool3d_backward(
@@ -167,15 +196,114 @@ void weighted_pool3d_backward(
     const OptionalTensor& grad_scores, const at::Tensor& grad, const at::Tensor& values, const OptionalTensor& weights,
     double temperature, const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs,
     const Sizes& spans) {
-  Pool call(values, weights, temperature, window, counts, outputs, spans);
-  call.args.grad_values = grid_of(grad_values, call.axes);
-  call.args.grad_weights = grid_of(grad_weights, call.axes);
-  call.args.shares = data_of(shares);
-  call.args.grad_scores = data_of(grad_scores);
-  call.args.grad = data_of(grad);
+  Pool call(kCpu, values, weights, temperature, window, counts, outputs, spans);
+  fill_backward(call, kCpu, grad_values, grad_weights, shares, grad_scores, grad);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(weighted_pool3d_backward, call.args);
 }
+
+#ifdef PPLLAVA_WITH_CUDA
+namespace gpu {
+
+#ifndef PPLLAVA_CUDA_ON_HOST
+constexpr at::DeviceType kDevice = at::kCUDA;
+#else
+constexpr at::DeviceType kDevice = at::kCPU;
+#endif
+
+// The device of the first tensor of a call, and the stream to launch on: a cudaStream_t as a number.
+struct Place : Tensors {
+  cuda::Stream stream;
+
+  Place(const at::Tensor& x, intptr_t handle)
+      : Tensors{x.device()}, stream{x.device().index(), reinterpret_cast<void*>(handle)} {
+    TORCH_CHECK(x.device().type() == kDevice, "expected a tensor on ", kDevice, ", got one on ", x.device());
+  }
+};
+
+// Lives until the kernel is launched; PyTorch gives its memory only to what runs later on the same stream.
+at::Tensor workspace(size_t bytes, const at::Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
+void check_launch(const char* error) { TORCH_CHECK(!error, "backend='cuda' could not run its kernel: ", error); }
+
+cuda::RelevanceCall call_of(
+    std::vector<Clip>& clips, const Tensors& on, const at::Tensor& relevance, const at::Tensor& image_embeds,
+    const at::Tensor& text_embeds, const OptionalTensor& scale_tensor, double scale, const Sizes& counts) {
+  cuda::RelevanceCall call{};
+  fill(call, clips, on, image_embeds, scale, counts);
+  call.relevance = on.data(relevance);
+  call.text = on.grid(text_embeds, 1);
+  std::swap(call.text.stride[0], call.text.stride[3]);
+  call.scale_tensor = static_cast<const float*>(on.data(scale_tensor));
+  return call;
+}
+
+void prompt_relevance(
+    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds,
+    const OptionalTensor& scale_tensor, double scale, const Sizes& counts, intptr_t stream) {
+  const Place on(image_embeds, stream);
+  std::vector<Clip> clips;
+  auto call = call_of(clips, on, relevance, image_embeds, text_embeds, scale_tensor, scale, counts);
+  const at::Tensor memory = workspace(cuda::relevance_bytes(call), relevance);
+  call.workspace = memory.data_ptr();
+  check_launch(cuda::prompt_relevance(call, on.stream));
+}
+
+void prompt_relevance_backward(
+    const at::Tensor& grad_image, const at::Tensor& grad_text, const at::Tensor& grad_scale, const at::Tensor& grad,
+    const at::Tensor& relevance, const at::Tensor& image_embeds, const at::Tensor& text_embeds,
+    const OptionalTensor& scale_tensor, double scale, const Sizes& counts, intptr_t stream) {
+  const Place on(image_embeds, stream);
+  std::vector<Clip> clips;
+  auto call = call_of(clips, on, relevance, image_embeds, text_embeds, scale_tensor, scale, counts);
+  call.grad = on.data(grad);
+  call.grad_image = on.grid(grad_image, grad_image.dim() - 1);
+  call.text_grad = on.grid(grad_text, 1);
+  std::swap(call.text_grad.stride[0], call.text_grad.stride[3]);
+  call.scale_grad = static_cast<float*>(on.data(grad_scale));
+  const at::Tensor memory = workspace(cuda::relevance_backward_bytes(call), relevance);
+  call.workspace = memory.data_ptr();
+  check_launch(cuda::prompt_relevance_backward(call, on.stream));
+}
+
+void weighted_pool3d(
+    const at::Tensor& pooled, const at::Tensor& values, const OptionalTensor& weights, double temperature,
+    const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans, intptr_t stream) {
+  const Place on(values, stream);
+  Pool call(on, values, weights, temperature, window, counts, outputs, spans);
+  call.args.pooled = on.data(pooled);
+  check_launch(cuda::weighted_pool3d(call.args, on.stream));
+}
+
+void weighted_pool3d_backward(
+    const OptionalTensor& grad_values, const OptionalTensor& grad_weights, const at::Tensor& shares,
+    const OptionalTensor& grad_scores, const at::Tensor& grad, const at::Tensor& values, const OptionalTensor& weights,
+    double temperature, const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans,
+    intptr_t stream) {
+  const Place on(values, stream);
+  Pool call(on, values, weights, temperature, window, counts, outputs, spans);
+  fill_backward(call, on, grad_values, grad_weights, shares, grad_scores, grad);
+  check_launch(cuda::weighted_pool3d_backward(call.args, on.stream));
+}
+
+void prompt_guided_pool3d(
+    const at::Tensor& pooled, const at::Tensor& relevance, const at::Tensor& values, const at::Tensor& image_embeds,
+    const at::Tensor& text_embeds, const OptionalTensor& scale_tensor, double scale, double temperature,
+    const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans, intptr_t stream) {
+  const Place on(values, stream);
+  std::vector<Clip> clips;
+  auto call = call_of(clips, on, relevance, image_embeds, text_embeds, scale_tensor, scale, counts);
+  Pool pool(on, values, std::nullopt, temperature, window, counts, outputs, spans);
+  pool.args.pooled = on.data(pooled);
+  const at::Tensor memory = workspace(cuda::guided_bytes(call), relevance);
+  call.workspace = memory.data_ptr();
+  check_launch(cuda::prompt_guided_pool3d(call, pool.args, on.stream));
+}
+
+}  // namespace gpu
+#endif
 
 }  // namespace
 }  // namespace ppllava
@@ -185,4 +313,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prompt_relevance_backward", &ppllava::prompt_relevance_backward);
   m.def("weighted_pool3d", &ppllava::weighted_pool3d);
   m.def("weighted_pool3d_backward", &ppllava::weighted_pool3d_backward);
+#ifdef PPLLAVA_WITH_CUDA
+  m.attr("cuda_architectures") = PPLLAVA_CUDA_ARCHS;
+  m.def("cuda_prompt_relevance", &ppllava::gpu::prompt_relevance);
+  m.def("cuda_prompt_relevance_backward", &ppllava::gpu::prompt_relevance_backward);
+  m.def("cuda_weighted_pool3d", &ppllava::gpu::weighted_pool3d);
+  m.def("cuda_weighted_pool3d_backward", &ppllava::gpu::weighted_pool3d_backward);
+  m.def("cuda_prompt_guided_pool3d", &ppllava::gpu::prompt_guided_pool3d);
+#else
+  m.attr("cuda_missing") = PPLLAVA_CUDA_MISSING;
+#endif
 }

@@ -155,7 +155,7 @@ def check_backend(backend: str | None, *tensors: Tensor | None) -> str:
     """The backend to run: the first compatible one for None, else `backend` itself, or why it cannot run."""
     given = [x for x in tensors if x is not None]
     if backend is None:
-        return backends.compatible_backends(*given)[0]
+        return backends.best_backend(*given)
     reason = backends.why_not(backend, *given)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run: {reason}")

@@ -45,7 +45,7 @@ def prompt_relevance(
         logit_scale: s, a float or a one-element tensor, which then gets a gradient. CLIP: `exp(logit_scale)`, 100.
         cu_frames: int32 [B+1] for a ragged batch: video b is frames cu_frames[b]:cu_frames[b+1] of image_embeds
             [F, H, W, C]. On the CPU or on the device of image_embeds; the CPU saves a synchronisation.
-        backend: "cpp", "triton" or "reference"; None takes the best that can run, a name never falls back.
+        backend: "cuda", "cpp", "triton" or "reference"; None takes the best that can run, a name never falls back.
 
     Returns:
         relevance: [B, T, H, W] or [F, H, W], float32 (float64 for float64 inputs), sums to 1 over each video.

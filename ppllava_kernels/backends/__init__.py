@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpp, reference
+from . import cpp, cuda, reference
 from .triton import backend as triton
 
-BACKENDS = {"cpp": cpp, "triton": triton, "reference": reference}
+BACKENDS = {"cuda": cuda, "cpp": cpp, "triton": triton, "reference": reference}
 
 
 def why_not(backend: str, *tensors: Tensor) -> str | None:
@@ -28,3 +28,8 @@ def check_name(backend: str) -> None:
 def compatible_backends(*tensors: Tensor) -> list[str]:
     """Names of the backends that can run with these tensors, best first; `backend=None` takes the first."""
     return [name for name, backend in BACKENDS.items() if backend.why_not(*tensors) is None]
+
+
+def best_backend(*tensors: Tensor) -> str:
+    """The first of `compatible_backends`."""
+    return next(name for name, backend in BACKENDS.items() if backend.why_not(*tensors) is None)

@@ -1,0 +1,191 @@
+// Windows of patches, the softmax of their scores, and weighted sums of rows.
+#pragma once
+
+#include "clips.cuh"  // defines: Batch, DeviceClip
+
+namespace ppllava::cuda {
+
+using DeviceAxis = AxisOf<int>;
+
+inline __device__ DeviceAxis axis_of(const PoolArgs& a, const DeviceClip& clip, int n) {
+  const int size = n == 0 ? clip.frames : static_cast<int>(n == 1 ? a.height : a.width);
+  const int outputs = n == 0 ? clip.outputs : static_cast<int>(a.window.outputs[n]);
+  return {size, outputs, static_cast<int>(a.window.kernel[n]), static_cast<int>(a.window.stride[n])};
+}
+
+// A box of (T, H, W), of patches or of windows, walked in order.
+struct Box {
+  int begin[3], size[3];
+
+  __device__ int volume() const { return size[0] * size[1] * size[2]; }
+  __device__ void place(int k, int (&at)[3]) const {
+    const int rest = k / size[2];
+    at[0] = begin[0] + rest / size[1], at[1] = begin[1] + rest % size[1], at[2] = begin[2] + k % size[2];
+  }
+};
+
+// One window: its clip, its patches, and its index among all windows of the call.
+struct PooledWindow {
+  int b;
+  DeviceClip clip;
+  Box patches;
+  int64_t index;
+
+  __device__ PooledWindow(const PoolArgs& a, const Batch& batch, int64_t window) : index(window) {
+    const int rows = static_cast<int>(a.window.outputs[1]), columns = static_cast<int>(a.window.outputs[2]);
+    const int at_w = static_cast<int>(window) % columns, rest = static_cast<int>(window) / columns;
+    const int output = rest / rows;
+    b = batch.find(&DeviceClip::first_output, output);
+    clip = batch.at(b);
+    const int at[3] = {output - clip.first_output, rest % rows, at_w};
+    for (int n = 0; n < 3; ++n) {
+      const DeviceAxis axis = axis_of(a, clip, n);
+      patches.begin[n] = axis.begin(at[n]);
+      patches.size[n] = axis.end(at[n]) - patches.begin[n];
+    }
+  }
+};
+
+// What one lane knows of one row of a weighted sum.
+struct Term {
+  float share;
+  int64_t offset;
+};
+
+constexpr int kColumns = 2;  // chunks of each lane in a row
+constexpr int kRows = 4;     // rows in flight
+
+template <class T>
+constexpr int kSlice = kColumns * kWarp * kChunk<T>;  // channels that a warp takes at a time
+
+// Channels of one lane in the slice that begins at `base`.
+template <class T>
+__device__ int channel_of(int base, int column) {
+  return base + (column * kWarp + lane_id()) * kChunk<T>;
+}
+
+// kRows rows from the k-th on, out of `count`, as far as they go; term: that of row lane.
+template <class T, bool ALIGNED>
+__device__ void load_rows(
+    Raw (&raw)[kRows][kColumns], const T* rows, const Term& term, int k, int count, int base, int channels) {
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const T* row = rows + __shfl_sync(kAll, term.offset, (k + j) % kWarp);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int d = channel_of<T>(base, i);
+      raw[j][i] = load_raw<T, ALIGNED>(row + d, k + j < count ? channels - d : 0);
+    }
+  }
+}
+
+// out[d] = sum_k share_k rows[offset_k + d] for the channels first <= d < last. Lane n has term(n) as `mine`; terms
+// beyond the first 32 are asked for.
+template <class T, bool ALIGNED, class Terms>
+__device__ void weigh_rows(
+    T* out, const T* rows, const Term& mine, int count, int first, int last, const Terms& terms) {
+  constexpr int N = kChunk<T>;
+  for (int base = first; base < last; base += kSlice<T>) {
+    float sum[kColumns][N] = {};
+    for (int begin = 0; begin < count; begin += kWarp) {
+      const Term term = begin == 0 ? mine : terms(begin + lane_id());
+      const int here = count - begin < kWarp ? count - begin : kWarp;
+      for (int k = 0; k < here; k += kRows) {
+        Raw raw[kRows][kColumns];
+        load_rows<T, ALIGNED>(raw, rows, term, k, here, base, last);
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          const float share = __shfl_sync(kAll, term.share, (k + j) % kWarp);
+          if (k + j >= here) break;
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) {
+            float x[N];
+            unpack<T>(x, raw[j][i]);
+#pragma unroll
+            for (int n = 0; n < N; ++n) sum[i][n] += share * x[n];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int d = channel_of<T>(base, i);
+      store_chunk<T, ALIGNED>(out + d, sum[i], last - d);
+    }
+  }
+}
+
+// p[i] = softmax over the window of score(i) / temperature, a patch for each lane at a time. Score: of a place (t, h,
+// w) of the clip.
+template <class Score>
+struct WindowSoftmax {
+  const PoolArgs& a;
+  const PooledWindow& window;
+  const Score& score;
+  int64_t b;
+  float largest = -INFINITY, total = 0;
+  Term mine;  // of patch `lane`
+
+  __device__ WindowSoftmax(const PoolArgs& args, const PooledWindow& which, int64_t clip, const Score& scores)
+      : a(args), window(which), score(scores), b(clip) {
+    const int volume = window.patches.volume();
+    mine = scored(lane_id());
+    largest = mine.share;
+    for (int k = kWarp + lane_id(); k < volume; k += kWarp) largest = fmaxf(largest, scored(k).share);
+    largest = warp_max(largest);
+    total = lane_id() < volume ? exponential(mine.share) : 0.f;
+    for (int k = kWarp + lane_id(); k < volume; k += kWarp) total += exponential(scored(k).share);
+    total = warp_sum(total);
+    mine = normalised(mine, lane_id());
+  }
+
+  __device__ Term operator()(int k) const { return normalised(scored(k), k); }
+
+ private:
+  __device__ float exponential(float s) const { return expf((s - largest) / static_cast<float>(a.temperature)); }
+  __device__ Term normalised(Term t, int k) const {
+    t.share = k < window.patches.volume() ? exponential(t.share) / total : 0.f;
+    return t;
+  }
+  __device__ Term scored(int k) const {
+    if (k >= window.patches.volume()) return {-INFINITY, 0};
+    int at[3];
+    window.patches.place(k, at);
+    const int64_t frame = window.clip.first_frame + at[0];
+    return {score(b, frame, at), a.values.offset(b, frame, at[1], at[2])};
+  }
+};
+
+// One window's slice of channels.
+template <class T, bool ALIGNED, class Score>
+__device__ void pool_window(
+    const PoolArgs& a, const Batch& batch, const PooledWindow& window, int slice, const Score& score) {
+  const WindowSoftmax<Score> softmax(a, window, batch.first + window.b, score);
+  const int channels = static_cast<int>(a.channels), first = slice * kSlice<T>;
+  const int last = first + kSlice<T> < channels ? first + kSlice<T> : channels;
+  T* out = static_cast<T*>(a.pooled) + window.index * a.channels;
+  const T* rows = static_cast<const T*>(a.values.data);
+  weigh_rows<T, ALIGNED>(out, rows, softmax.mine, window.patches.volume(), first, last, softmax);
+}
+
+// Scores of a tensor, or none: equal ones.
+struct WeightScores {
+  Grid weights;
+
+  __device__ float operator()(int64_t b, int64_t frame, const int (&at)[3]) const {
+    return weights.data ? load_scalar(weights, weights.offset(b, frame, at[1], at[2])) : 0.f;
+  }
+};
+
+// Slices of channels of a row, for the dtype of `values`.
+inline int slices_of(const PoolArgs& a) {
+  return static_cast<int>(ceil_div(a.channels, a.values.dtype == Dtype::float32 ? kSlice<float> : kSlice<__half>));
+}
+
+inline __device__ bool rows_aligned(const PoolArgs& a) {
+  const Grid pooled{a.pooled ? a.pooled : const_cast<void*>(a.grad), a.values.dtype, {a.channels, 0, 0, 0}};
+  return is_aligned(a.values, a.channels) && is_aligned(pooled, a.channels) &&
+         (!a.grad_values.data || is_aligned(a.grad_values, a.channels));
+}
+
+}  // namespace ppllava::cuda

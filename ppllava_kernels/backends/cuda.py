@@ -1,0 +1,124 @@
+"""CUDA C++: one cooperative launch for the scores and the pooling; nothing of size T*H*W x D besides the gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .cpp import _C, missing
+from .plan import clip_counts, make_plan
+
+# Space-separated: "90" for sm_90, "120+PTX" for code that any later GPU compiles when it loads it.
+_architectures = getattr(_C, "cuda_architectures", "").split()
+_without = getattr(_C, "cuda_missing", "")
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return "cuda computes in float32 and got float64; use backend='reference', or float32 inputs"
+        if x.device.type != "cuda":
+            return f"cuda runs on CUDA tensors, got one on {x.device}; use backend=None, or move it with .cuda()"
+    if missing is not None:
+        return missing
+    if not _architectures:
+        return (
+            f"this installation has no CUDA kernels ({_without}); install the CUDA toolkit, then "
+            "pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels, or use backend=None"
+        )
+    if not tensors and not torch.cuda.is_available():
+        return "cuda needs a CUDA GPU and this PyTorch finds none; use backend=None"
+    return _why_not_device(tensors[0].device.index if tensors else torch.cuda.current_device())
+
+
+@cache
+def _why_not_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if runs_on(_architectures, major, minor):
+        return None
+    return (
+        f"its kernels are compiled for {', '.join(_architectures)} and cuda:{index} is {major}{minor}; reinstall with "
+        f"PPLLAVA_CUDA_ARCHS={major}{minor}, or use backend='triton'"
+    )
+
+
+def runs_on(architectures: list[str], major: int, minor: int) -> bool:
+    """Machine code runs on its own major version from its minor on, PTX on every later GPU."""
+    for name in architectures:
+        number, _, ptx = name.partition("+")
+        built = divmod(int(number.rstrip("a")), 10)
+        if ptx and built <= (major, minor):
+            return True
+        exactly = number.endswith("a") and built != (major, minor)
+        if built[0] == major and built[1] <= minor and not exactly:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _device(x: Tensor):
+    if x.device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(x.device):
+            yield
+
+
+def _stream(x: Tensor) -> int:
+    """The current cudaStream_t; torch.cuda.current_stream wraps the same call in an object."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index)
+
+
+def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
+    relevance = image_embeds.new_empty(image_embeds.shape[:-1], dtype=torch.float32)  # [B, T, H, W]
+    counts = clip_counts(image_embeds, cu_frames)
+    arguments = image_embeds, text_embeds, scale_tensor, scale, counts
+    with _device(image_embeds):
+        _C.cuda_prompt_relevance(relevance, *arguments, _stream(image_embeds))
+    return relevance
+
+
+def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames):
+    grad_image = image_embeds.new_empty(image_embeds.shape)  # [B, T, H, W, C]
+    grad_text = text_embeds.new_empty(text_embeds.shape)  # [B, C]
+    grad_scale = relevance.new_empty(())
+    arguments = image_embeds, text_embeds, scale_tensor, scale, clip_counts(image_embeds, cu_frames)
+    with _device(image_embeds):
+        _C.cuda_prompt_relevance_backward(
+            grad_image, grad_text, grad_scale, grad.contiguous(), relevance, *arguments, _stream(image_embeds)
+        )
+    return grad_image, grad_text, grad_scale
+
+
+def weighted_pool3d(values, weights, window, temperature, cu_frames):
+    plan = make_plan(values, window, cu_frames)
+    pooled = values.new_empty(plan.pooled_shape)
+    with _device(values):
+        _C.cuda_weighted_pool3d(pooled, values, weights, temperature, *plan.arguments, _stream(values))
+    return pooled
+
+
+def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
+    plan = make_plan(values, window, cu_frames)
+    shares = values.new_empty((plan.slots,), dtype=torch.float32)
+    grad_scores = torch.empty_like(shares) if need_weights else None
+    grad_values = values.new_empty(values.shape) if need_values else None
+    grad_weights = weights.new_empty(weights.shape) if need_weights else None
+    grads = grad_values, grad_weights, shares, grad_scores, grad.contiguous()
+    with _device(values):
+        _C.cuda_weighted_pool3d_backward(*grads, values, weights, temperature, *plan.arguments, _stream(values))
+    empty = values.new_empty(0)
+    return empty if grad_values is None else grad_values, empty if grad_weights is None else grad_weights
+
+
+def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames):
+    plan = make_plan(values, window, cu_frames)
+    pooled = values.new_empty(plan.pooled_shape)
+    relevance = values.new_empty(values.shape[:-1], dtype=torch.float32)
+    embeds = image_embeds, text_embeds, scale_tensor, scale, temperature
+    with _device(values):
+        _C.cuda_prompt_guided_pool3d(pooled, relevance, values, *embeds, *plan.arguments, _stream(values))
+    return pooled, relevance

@@ -1,0 +1,131 @@
+"""Which backend can run, and the one sentence that says why another cannot, before anything is launched."""
+
+import re
+
+import pytest
+import torch
+
+import ppllava_kernels
+from ppllava_kernels import weighted_pool3d
+from ppllava_kernels.backends import BACKENDS, cpp, cuda
+
+VALUES = torch.randn(2, 4, 6, 6, 8)  # [B, T, H, W, D]
+WINDOW = dict(kernel_size=(2, 3, 3))
+
+
+UNUSABLE = {
+    ("cpp", "meta"): "backend='cpp' cannot run: cpp runs on CPU tensors, got one on meta; "
+    "use backend=None, or move it with .cpu()",
+    ("triton", torch.float64): "backend='triton' cannot run: triton computes in float32 and got float64; "
+    "use backend='reference', or float32 inputs",
+    ("cuda", "cpu"): "backend='cuda' cannot run: cuda runs on CUDA tensors, got one on cpu; "
+    "use backend=None, or move it with .cuda()",
+    ("cuda", torch.float64): "backend='cuda' cannot run: cuda computes in float32 and got float64; "
+    "use backend='reference', or float32 inputs",
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE, ids=str)
+def test_unusable_backend(case):
+    backend, change = case
+    values = VALUES.to(change)
+    assert ppllava_kernels.why_not(backend, values) == UNUSABLE[case].partition(": ")[2]
+    assert backend not in ppllava_kernels.compatible_backends(values)
+    with pytest.raises(ValueError, match=f"^{re.escape(UNUSABLE[case])}$"):
+        weighted_pool3d(values, None, **WINDOW, backend=backend)
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    from ppllava_kernels.backends.triton import backend
+
+    monkeypatch.setattr(backend, "_interpreted", False)
+    expected = "triton runs on CUDA tensors, got one on cpu; use backend=None, or move it with .cuda()"
+    assert ppllava_kernels.why_not("triton", torch.ones(1)) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = "triton needs a CUDA GPU and this PyTorch finds none; use backend=None"
+    assert ppllava_kernels.why_not("triton") == expected
+    monkeypatch.setattr(backend, "_installed", False)
+    expected = "the package triton is not installed; pip install 'triton>=3.6' (Linux), or use backend=None"
+    assert ppllava_kernels.why_not("triton") == expected
+
+
+def test_cpp_that_was_not_built(monkeypatch):
+    monkeypatch.setattr(cpp, "missing", "the C++ extension is not there")
+    assert ppllava_kernels.why_not("cpp") == "the C++ extension is not there"
+    assert "cpp" not in ppllava_kernels.compatible_backends(torch.ones(1))
+    assert weighted_pool3d(VALUES, None, **WINDOW).shape == (2, 2, 2, 2, 8)
+    with pytest.raises(ValueError, match=r"^backend='cpp' cannot run: the C\+\+ extension is not there$"):
+        weighted_pool3d(VALUES, None, **WINDOW, backend="cpp")
+
+
+class CudaTensor:
+    """What `why_not` asks of a tensor, on a GPU that is not here."""
+
+    dtype, device = torch.float32, torch.device("cuda", 3)
+
+
+@pytest.fixture
+def other_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    cuda._why_not_device.cache_clear()
+    yield
+    cuda._why_not_device.cache_clear()
+
+
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "missing", None)
+    monkeypatch.setattr(cuda, "_architectures", ["90"])
+    expected = "cuda needs a CUDA GPU and this PyTorch finds none; use backend=None"
+    assert ppllava_kernels.why_not("cuda") == expected
+
+
+def test_cuda_that_was_not_built(monkeypatch):
+    monkeypatch.setattr(cuda, "missing", None)
+    monkeypatch.setattr(cuda, "_architectures", [])
+    monkeypatch.setattr(cuda, "_without", "there was no nvcc when it was installed")
+    expected = (
+        "this installation has no CUDA kernels (there was no nvcc when it was installed); install the CUDA toolkit, "
+        "then pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels, or use backend=None"
+    )
+    assert cuda.why_not(CudaTensor) == expected
+    monkeypatch.setattr(cuda, "missing", "the C++ extension is not there")
+    assert cuda.why_not(CudaTensor) == "the C++ extension is not there"
+
+
+def test_a_gpu_that_the_build_lacks(monkeypatch, other_gpu):
+    monkeypatch.setattr(cuda, "missing", None)
+    monkeypatch.setattr(cuda, "_architectures", ["80", "120+PTX"])
+    expected = (
+        "its kernels are compiled for 80, 120+PTX and cuda:3 is 75; reinstall with PPLLAVA_CUDA_ARCHS=75, "
+        "or use backend='triton'"
+    )
+    assert cuda.why_not(CudaTensor) == expected
+    cuda._why_not_device.cache_clear()
+    monkeypatch.setattr(cuda, "_architectures", ["75"])
+    assert cuda.why_not(CudaTensor) is None
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 9), True),  # machine code of the same major version
+        ("86", (8, 0), False),
+        ("80", (9, 0), False),
+        ("80+PTX", (9, 0), True),  # compiled when it is loaded
+        ("120+PTX", (10, 0), False),
+        ("90a", (9, 0), True),
+        ("100a", (10, 3), False),  # of that one GPU only
+        ("80 86 89 90 100 120+PTX", (10, 3), True),
+        ("80 86 89 90 100 120+PTX", (12, 1), True),
+        ("80 86 89 90 100 120+PTX", (7, 5), False),
+    ],
+)
+def test_architectures(built, gpu, runs):
+    assert cuda.runs_on(built.split(), *gpu) is runs
+
+
+def test_best_first():
+    assert list(BACKENDS) == ["cuda", "cpp", "triton", "reference"]
+    assert ppllava_kernels.compatible_backends(VALUES)[0] == "cpp"
