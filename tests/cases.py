@@ -171,13 +171,15 @@ def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=con
 
 
 def check_dtypes(op: str, case: str, dtypes: str, place: tuple[str, str]) -> None:
-    """`check` for named inputs; Triton must refuse float64, in one sentence, and never compute it in less."""
+    """`check` for named inputs; on a GPU float64 must be refused, in one sentence, and never computed in less."""
     tensors = make_inputs(CASES[case], DTYPES[dtypes])
-    if dtypes != "fp64" or place[0] != "triton":
+    backend = place[0]
+    if dtypes != "fp64" or backend == "cpp":
         check(op, CASES[case], tensors, place)
         return
-    with pytest.raises(ValueError, match=r"^backend='triton' cannot run: triton computes in float32 and got float64"):
-        run(op, CASES[case], {name: x.to(place[1]) for name, x in tensors.items()}, "triton")
+    message = rf"^backend='{backend}' cannot run: {backend} computes in float32 and got float64"
+    with pytest.raises(ValueError, match=message):
+        run(op, CASES[case], {name: x.to(place[1]) for name, x in tensors.items()}, backend)
 
 
 def with_layouts(*cases: str) -> list:

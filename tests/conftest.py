@@ -1,6 +1,7 @@
 """Backends on devices, as parameters of every op test, and the settings that all tests run under."""
 
 import os
+from pathlib import Path
 
 # Before torch starts its threads: several test processes share the cores, and idle threads must not spin on them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +12,13 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
+# Set by test_cuda_on_host.py: the folder of CUDA kernels that were compiled for this CPU.
+ON_HOST = os.environ.get("PPLLAVA_TEST_CUDA_ON_HOST")
+if ON_HOST:
+    from cuda_on_host.backend import install
+
+    install(Path(ON_HOST))
 
 # With warn_only every uninitialised tensor, at::empty in C++ included, is filled with NaN: a kernel that leaves an
 # element out cannot pass.
@@ -40,7 +48,10 @@ PLACES = [
     pytest.param(("cpp", "cpu"), id="cpp"),
     pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpreter),
     pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
 ]
+if ON_HOST:
+    PLACES = [pytest.param(("cuda", "cpu"), id="cuda-on-host")]
 
 
 @pytest.fixture(params=PLACES)

@@ -121,7 +121,7 @@ template <class Score>
 struct WindowSoftmax {
   const PoolArgs& a;
   const PooledWindow& window;
-  const Score& score;
+  Score score;
   int64_t b;
   float largest = -INFINITY, total = 0;
   Term mine;  // of patch `lane`
