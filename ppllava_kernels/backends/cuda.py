@@ -103,7 +103,7 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
 
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
     plan = make_plan(values, window, cu_frames)
-    shares = values.new_empty((plan.slots,), dtype=torch.float32)
+    shares = torch.empty((plan.slots,), dtype=torch.float32, device=values.device)
     grad_scores = torch.empty_like(shares) if need_weights else None
     grad_values = values.new_empty(values.shape) if need_values else None
     grad_weights = weights.new_empty(weights.shape) if need_weights else None
