@@ -88,7 +88,7 @@ def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, t
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(shape, dtype=F64, generator=generator)
+        return torch.randn(shape, dtype=F64, device="cpu", generator=generator)
 
     c, d = case.channels
     weights = normal(*case.size).flatten(1).softmax(1).view(case.size)
@@ -99,7 +99,7 @@ def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, t
         weights=weights,
     )
     tensors = {name: x.to(dtype) for (name, x), dtype in zip(tensors.items(), dtypes)}
-    return tensors | {"logit_scale": torch.tensor(5.0, dtype=torch.promote_types(dtypes[1], F32))}
+    return tensors | {"logit_scale": torch.tensor(5.0, dtype=torch.promote_types(dtypes[1], F32), device="cpu")}
 
 
 def cu_frames_of(case: Case) -> torch.Tensor | None:

@@ -58,3 +58,14 @@ if ON_HOST:
 def place(request):
     """(backend, device) of every kernel that can run here."""
     return request.param
+
+
+REFERENCE = [] if ON_HOST else [pytest.param(("reference", "cpu"), id="reference")]
+
+
+@pytest.fixture(params=REFERENCE + PLACES)
+def backend(request):
+    """The name of every backend that can run here, whose device new tensors get."""
+    name, device = request.param
+    with torch.device(device):
+        yield name

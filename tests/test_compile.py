@@ -185,18 +185,70 @@ def test_module_in_a_compiled_model():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["divisible", "overlap", "adaptive_overlap"])
-def test_cuda_graph(case):
-    tensors = {k: v.cuda() for k, v in make_inputs(CASES[case]).items() if k != "weights"}
-    call = lambda: prompt_guided_pool3d(**tensors, cu_frames=cu_frames_of(CASES[case]), **CASES[case].window)  # noqa: E731
-    expected = call()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(captured, expected)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+class TestOnAGpu:
+    @pytest.mark.parametrize("case", ["divisible", "overlap", "adaptive_overlap", "ragged", "ragged_adaptive"])
+    def test_cuda_graph(self, case, backend):
+        """Captured once, replayed on other numbers in the same memory; the scale is a tensor on the device, too."""
+        case = CASES[case]
+        first, second = (
+            {k: v.cuda() for k, v in make_inputs(case, seed=seed).items() if k != "weights"} for seed in (0, 1)
+        )
+        cu_frames = cu_frames_of(case)
+
+        def call():
+            leaves = {k: v.detach().requires_grad_() for k, v in first.items()}
+            pooled, relevance = prompt_guided_pool3d(
+                **leaves, cu_frames=cu_frames, return_relevance=True, backend=backend, **case.window
+            )
+            grads = torch.autograd.grad(pooled.square().sum() + relevance.square().sum(), list(leaves.values()))
+            return pooled.detach(), relevance.detach(), *grads
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for name, x in second.items():
+            first[name].copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip(captured, call()):
+            assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("window", [KERNEL, ADAPTIVE], ids=["kernel", "adaptive"])
+    def test_compile_fullgraph(self, window, backend):
+        function = lambda *x: prompt_guided_pool3d(*x, backend=backend, **window)  # noqa: E731
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True)
+        for frames in (4, 7):
+            expected = results(function, inputs(frames, device="cuda"))
+            for a, e in zip(results(compiled, inputs(frames, device="cuda")), expected):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+    def test_two_streams_at_once(self, backend):
+        """Calls share no state: each cooperative grid has its own barrier and its own workspace."""
+        tensors = {k: v.cuda() for k, v in make_inputs(CASES["divisible"]).items() if k != "weights"}
+        expected = prompt_guided_pool3d(**tensors, backend=backend, **KERNEL)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        pooled = []
+        for n in range(200):
+            with torch.cuda.stream(streams[n % 2]):
+                pooled.append(prompt_guided_pool3d(**tensors, backend=backend, **KERNEL))
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, expected) for x in pooled)
+
+
+@pytest.mark.gpu
+def test_the_best_backend_on_a_gpu_is_cuda():
+    assert ppllava_kernels.compatible_backends(torch.ones(1, device="cuda")) == ["cuda", "triton", "reference"]
+
+
+@pytest.mark.gpu
+def test_too_many_channels_for_cuda():
+    image, text = torch.randn(1, 1, 1, 1, 60_000, device="cuda"), torch.randn(1, 60_000, device="cuda")
+    with pytest.raises(RuntimeError, match="backend='cuda' could not run its kernel: image_embeds has more channels"):
+        prompt_relevance(image, text, backend="cuda")

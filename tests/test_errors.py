@@ -248,7 +248,7 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", None])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "cuda", None])
 @pytest.mark.parametrize(("op", "change"), DENSE)
 def test_dense(op, change, backend):
     changed, error, message = CHANGES[change]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import CASES, OPS, cast, cu_frames_of, make_inputs, run, sliced
 
+from ppllava_kernels import prompt_guided_pool3d, prompt_relevance
+
 SENTINEL = 42.0
 
 
@@ -35,6 +37,25 @@ def test_dropped_patches_do_not_count(case, place):
     assert not actual["output"].isnan().any()
     assert (actual["grad of values"].cpu()[dropped] == 0).all()
     assert not actual["grad of weights"].isnan().any()
+
+
+def test_offsets_beyond_32_bits(place, tmp_path):
+    """Frames that lie more than 2**31 elements apart: two hours of video at the width of a language model."""
+    backend, device = place
+    apart, shape = 2**31 + 8, (1, 3, 2, 2, 8)
+    strides = (0, apart, 16, 8, 1)
+    if device == "cpu":  # of a sparse file, which takes no memory where nothing is written
+        far = torch.from_file(str(tmp_path / "far"), shared=True, size=2 * apart + 32, dtype=torch.bfloat16)
+    else:
+        far = torch.zeros(2 * apart + 32, dtype=torch.bfloat16, device=device)
+    values = far.as_strided(shape, strides)
+    values.copy_(torch.randn(shape))
+    image, text = torch.randn(shape, device=device), torch.randn(1, 8, device=device)
+    window = dict(kernel_size=(3, 1, 2), backend=backend)
+    pooled = prompt_guided_pool3d(values, image, text, **window)
+    assert torch.equal(pooled, prompt_guided_pool3d(values.contiguous(), image, text, **window))
+    image = values.contiguous()
+    assert torch.equal(prompt_relevance(values, text, backend=backend), prompt_relevance(image, text, backend=backend))
 
 
 class Guarded:

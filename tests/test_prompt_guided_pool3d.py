@@ -1,8 +1,10 @@
 """prompt_guided_pool3d: every backend against the definition, and as the two ops that it is made of."""
 
+import itertools
+
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, check, check_dtypes, cu_frames_of, make_inputs, with_layouts
+from cases import CASES, DTYPES, LAYOUTS, Case, check, check_dtypes, cu_frames_of, make_inputs, with_layouts
 
 from ppllava_kernels import PromptGuidedPool3d, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
 
@@ -47,6 +49,22 @@ def test_a_ragged_batch_is_its_clips(place):
         clip = (inputs[n][start:end][None] for n in names)
         alone.append(prompt_guided_pool3d(*clip, inputs["text_embeds"][b : b + 1], backend=backend, **case.window)[0])
     assert torch.equal(packed, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    "window", [dict(kernel_size=(1, 2, 1)), dict(output_size=(2, 1, 1))], ids=["kernel", "adaptive"]
+)
+def test_many_clips(window, place):
+    """More clips of different length than one launch of any backend takes."""
+    ends = (0, *itertools.accumulate(1 + n % 3 for n in range(70)))
+    case = Case((ends[-1], 2, 2), (8, 8), window, cu_frames=ends)
+    check("prompt_guided_pool3d", case, make_inputs(case), place)
+
+
+def test_windows_of_many_patches(place):
+    """More patches in a window, and windows on a patch, than one warp or tile of any backend takes at a time."""
+    case = Case((2, 6, 7, 4), (8, 16), dict(kernel_size=(4, 4, 3), stride=1))
+    check("prompt_guided_pool3d", case, make_inputs(case), place)
 
 
 def test_two_runs_give_the_same_bits(place):

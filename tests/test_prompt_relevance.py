@@ -26,7 +26,6 @@ def test_many_patches_take_several_programs(place):
     check("prompt_relevance", case, make_inputs(case), place)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 class TestMeaning:
     def test_is_softmax_of_scaled_cosines(self, backend):
         image, text = torch.randn(2, 1, 3, 4, 16), torch.randn(2, 16)
@@ -63,7 +62,7 @@ class TestMeaning:
     @pytest.mark.parametrize("case", ["divisible", "ragged"])
     def test_nan_stays_in_its_video(self, backend, case, poison):
         case = CASES[case]
-        inputs = make_inputs(case)
+        inputs = {name: x.to(torch.get_default_device()) for name, x in make_inputs(case).items()}
         image, text, cu_frames = inputs["image_embeds"], inputs["text_embeds"], cu_frames_of(case)
         clean = prompt_relevance(image, text, cu_frames=cu_frames, backend=backend)
         image = image.clone()

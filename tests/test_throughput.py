@@ -237,7 +237,7 @@ def test_table_shows_milliseconds_of_a_gpu_and_both_rows_of_the_peer(project):
     rows.append({**rows[1], "variant": PEER_TUNED, "status": "does not fit", "reason": "out of memory"})
     rows[2] |= {"first_token_ms": None, "token_ms": None, "videos_s": None}
     path.write_text(json.dumps({**result, "rows": rows}))
-    block = table.throughput_block(project / "benchmarks" / "results")
+    block = table.throughput_block(project / "benchmarks" / "results", project)
     cells = "12 / 63 | 10 / 70 / - | 3.0 / 3.0 / - | 1.5 / 1.5 / - | 7.0 / - | 6.0 / - | 5.0 / 5.0"
     assert f"| 7 | {cells} |" in block
     assert f"7 frames, {PEER_TUNED}: does not fit (out of memory)." in block

@@ -61,12 +61,8 @@ __global__ void __launch_bounds__(kThreads, 2) score_and_pool(
         static_cast<int>(r.height), static_cast<int>(r.width)};
     const int64_t clip_end = ((head.clip.first_output + head.clip.outputs) * in_output - first) * slices;
     const int stop = clip_end < end ? static_cast<int>(clip_end) : end;
-    with_rows(a.values.dtype, rows_aligned(a), [&](auto zero, auto aligned) {
-      for (int n = item + warp_id(); n < stop; n += kWarps) {
-        const PooledWindow window(a, batch, first + n / slices);
-        pool_window<decltype(zero), decltype(aligned)::value>(a, batch, window, n % slices, scores);
-      }
-    });
+    for (int n = item + warp_id(); n < stop; n += kWarps)
+      pool_window(a, batch, PooledWindow(a, batch, first + n / slices), n % slices, scores);
     item = stop;
   }
 }
@@ -83,7 +79,9 @@ const char* prompt_guided_pool3d(const RelevanceCall& r, const PoolArgs& a, Stre
   auto* partials = static_cast<Statistics*>(r.workspace);
   auto* logits = reinterpret_cast<float*>(partials + count_parts(r, kForwardTile));
   const size_t shared = ScoreMemory::bytes(r.channels);
-  const int resident = resident_blocks(score_and_pool, kThreads, shared, stream.device), slices = slices_of(a);
+  const int slices = slices_of(a);
+  const int resident = resident_blocks(score_and_pool, kThreads, shared, stream.device);
+  if (resident < 1) return kTooWide;
   return for_each_batch(a, kForwardTile, [&](const Batch& batch, int parts, int64_t outputs) -> const char* {
     const int64_t items = outputs * a.window.outputs[1] * a.window.outputs[2] * slices;
     if (items >= INT_MAX) return kTooMany;

@@ -255,6 +255,7 @@ size_t relevance_backward_bytes(const RelevanceArgs& a) {
 const char* prompt_relevance(const RelevanceCall& r, Stream stream) {
   const size_t shared = ScoreMemory::bytes(r.channels);
   const int resident = resident_blocks(score_and_normalise, kThreads, shared, stream.device);
+  if (resident < 1) return kTooWide;
   auto* logits = static_cast<float*>(r.relevance);  // normalised in place, each by the block that scored it
   return for_each_batch(r, kForwardTile, [&](const Batch& batch, int parts, int64_t) {
     const Launch where = cooperative(resident, parts, shared, stream);
@@ -268,6 +269,7 @@ const char* prompt_relevance_backward(const RelevanceCall& r, Stream stream) {
   const Sums sums{numbers, numbers + all, numbers + 2 * all, reinterpret_cast<float*>(numbers + 3 * all)};
   const size_t shared = BackwardMemory::bytes(r.channels);
   const int resident = resident_blocks(relevance_backward, kThreads, shared, stream.device);
+  if (resident < 1) return kTooWide;
   return for_each_batch(r, kBackwardTile, [&](const Batch& batch, int parts, int64_t) {
     return launch(relevance_backward, cooperative(resident, parts, shared, stream), r, batch, parts, sums);
   });

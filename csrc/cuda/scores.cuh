@@ -18,6 +18,9 @@ inline __device__ Statistics merge(Statistics a, Statistics b) {
   return {largest, x + y};
 }
 
+constexpr const char* kTooWide =
+    "image_embeds has more channels than fit into the shared memory of this GPU; use backend='triton' or 'reference'";
+
 // The dynamic shared memory of the kernels that score.
 struct ScoreMemory {
   double* scratch;  // [kScratch]

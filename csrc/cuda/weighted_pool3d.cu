@@ -14,9 +14,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (item >= items) return;
   const int64_t first = batch.clip[0].first_output * a.window.outputs[1] * a.window.outputs[2];
   const PooledWindow window(a, batch, first + item / slices);
-  with_rows(a.values.dtype, rows_aligned(a), [&](auto zero, auto aligned) {
-    pool_window<decltype(zero), decltype(aligned)::value>(a, batch, window, item % slices, WeightScores{a.weights});
-  });
+  pool_window(a, batch, window, item % slices, WeightScores{a.weights});
 }
 
 // g[o] . v[i] of 32 patches, one for each lane, over the slices of this warp.

@@ -87,6 +87,7 @@ __device__ void weigh_rows(
   constexpr int N = kChunk<T>;
   for (int base = first; base < last; base += kSlice<T>) {
     float sum[kColumns][N] = {};
+#pragma unroll 1
     for (int begin = 0; begin < count; begin += kWarp) {
       const Term term = begin == 0 ? mine : terms(begin + lane_id());
       const int here = count - begin < kWarp ? count - begin : kWarp;
@@ -131,9 +132,11 @@ struct WindowSoftmax {
     const int volume = window.patches.volume();
     mine = scored(lane_id());
     largest = mine.share;
+#pragma unroll 1
     for (int k = kWarp + lane_id(); k < volume; k += kWarp) largest = fmaxf(largest, scored(k).share);
     largest = warp_max(largest);
     total = lane_id() < volume ? exponential(mine.share) : 0.f;
+#pragma unroll 1
     for (int k = kWarp + lane_id(); k < volume; k += kWarp) total += exponential(scored(k).share);
     total = warp_sum(total);
     mine = normalised(mine, lane_id());
@@ -156,16 +159,25 @@ struct WindowSoftmax {
   }
 };
 
+inline __device__ bool rows_aligned(const PoolArgs& a) {
+  const Grid pooled{a.pooled ? a.pooled : const_cast<void*>(a.grad), a.values.dtype, {a.channels, 0, 0, 0}};
+  return is_aligned(a.values, a.channels) && is_aligned(pooled, a.channels) &&
+         (!a.grad_values.data || is_aligned(a.grad_values, a.channels));
+}
+
 // One window's slice of channels.
-template <class T, bool ALIGNED, class Score>
+template <class Score>
 __device__ void pool_window(
     const PoolArgs& a, const Batch& batch, const PooledWindow& window, int slice, const Score& score) {
   const WindowSoftmax<Score> softmax(a, window, batch.first + window.b, score);
-  const int channels = static_cast<int>(a.channels), first = slice * kSlice<T>;
-  const int last = first + kSlice<T> < channels ? first + kSlice<T> : channels;
-  T* out = static_cast<T*>(a.pooled) + window.index * a.channels;
-  const T* rows = static_cast<const T*>(a.values.data);
-  weigh_rows<T, ALIGNED>(out, rows, softmax.mine, window.patches.volume(), first, last, softmax);
+  with_rows(a.values.dtype, rows_aligned(a), [&](auto zero, auto aligned) {
+    using T = decltype(zero);
+    const int channels = static_cast<int>(a.channels), first = slice * kSlice<T>;
+    const int last = first + kSlice<T> < channels ? first + kSlice<T> : channels;
+    T* out = static_cast<T*>(a.pooled) + window.index * a.channels;
+    const T* rows = static_cast<const T*>(a.values.data);
+    weigh_rows<T, decltype(aligned)::value>(out, rows, softmax.mine, window.patches.volume(), first, last, softmax);
+  });
 }
 
 // Scores of a tensor, or none: equal ones.
@@ -180,12 +192,6 @@ struct WeightScores {
 // Slices of channels of a row, for the dtype of `values`.
 inline int slices_of(const PoolArgs& a) {
   return static_cast<int>(ceil_div(a.channels, a.values.dtype == Dtype::float32 ? kSlice<float> : kSlice<__half>));
-}
-
-inline __device__ bool rows_aligned(const PoolArgs& a) {
-  const Grid pooled{a.pooled ? a.pooled : const_cast<void*>(a.grad), a.values.dtype, {a.channels, 0, 0, 0}};
-  return is_aligned(a.values, a.channels) && is_aligned(pooled, a.channels) &&
-         (!a.grad_values.data || is_aligned(a.grad_values, a.channels));
 }
 
 }  // namespace ppllava::cuda
