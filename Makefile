@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 # Where results go; by default benchmarks/results/<device>/.
 OUT ?=
+# Not empty: `make gpu` without the steps that passed before.
+RESUME ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -12,6 +14,9 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 benchmark: $(VENV)/ready  ## measure the ops and the model on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.table
+
+table: $(VENV)/ready  ## the tables of README and docs, from the JSON that is there
 	$(BIN)/python -m benchmarks.table
 
 test: $(VENV)/ready  ## all tests that this machine can run
@@ -34,10 +39,8 @@ dist: $(VENV)/ready  ## sdist and wheel in dist/
 smoke: dist  ## install the wheel into a second, fresh environment and use it outside of the checkout
 	$(PYTHON) tests/smoke.py "$(TORCH)" dist/*.whl
 
-gpu:  ## the GPU round, without network or .venv: build in place, test on the GPU, measure
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors
-	$(PYTHON) -m benchmarks.kernels --device cuda --time-limit 300 $(if $(OUT),--out $(OUT))
+gpu:  ## the GPU round, without network or .venv, in ten minutes: build, test, compute-sanitizer, benchmarks, tables
+	$(PYTHON) -m benchmarks.gpu_round $(if $(OUT),--out $(OUT)) $(if $(RESUME),--resume)
 
 # torch first and no build isolation: with it, pip would fetch the newest torch to build against.
 $(VENV)/ready: pyproject.toml setup.py $(SOURCES)

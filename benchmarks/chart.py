@@ -1,13 +1,16 @@
-"""Charts of kernels.json, how close each variant comes to a copy, and of throughput.json, both models over frames."""
+"""Charts of kernels.json, a roofline of every variant, and of throughput.json, both models over frames."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
-from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEER, PEER_TUNED, PPLLAVA
+from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEER, PEER_TUNED, PEERS, PPLLAVA
 from .shapes import DIRECTIONS
 
 COLOURS = {
@@ -27,51 +30,116 @@ def fingerprint(path: Path) -> str:
     return f"sha256 of {path.name}: {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-def draw(path: Path) -> str:
-    """Write the chart of `path` beside it; returns the sentence to print."""
+def picture(path: Path) -> Path:
+    """The chart that belongs to a file of results."""
+    return path.with_name("roofline.png" if path.stem == "kernels" else f"{path.stem}.png")
+
+
+def draw_roofline(path: Path) -> str:
+    """Write the roofline of `path`, a kernels.json, beside it; returns the sentence to print.
+
+    Every row is a point: its operations per byte, and its operations per second, of which a copy's bytes per second
+    allow no more than the roof. A CPU has no absolute axis: there the unit of time is that of a copied byte.
+    """
     pyplot = _pyplot()
     if pyplot is None:
         return NO_MATPLOTLIB
     results = report.read(path, "kernels")
-    rows, machine = results["rows"], results["machine"]
+    machine, rows = results["machine"], [row for row in results["rows"] if row["copy_percent"]]
     if not rows:
-        return "left out the chart, there are no rows"
-    ops, groups = (
-        list(dict.fromkeys(key)) for key in zip(*((row["op"], (row["shape"], row["dtype"])) for row in rows))
-    )
-    variants = [name for name in COLOURS if any(row["variant"] == name for row in rows)]
-    found = {(row["direction"], row["op"], row["shape"], row["dtype"], row["variant"]): row for row in rows}
-    bar = 0.86 / len(variants)
-    size = 1 + 4.2 * len(ops), 1.6 + 2 * (0.5 + 0.14 * len(groups) * (len(variants) + 0.8))
+        return "left out the chart, there are no rows with times"
+    cuda = machine["type"] == "cuda"
+    roof = statistics.median(100 * row["gb_s"] / row["copy_percent"] for row in rows) if cuda else 1.0  # GB/s
+    ops, groups = (list(dict.fromkeys(keys)) for keys in zip(*((r["op"], (r["shape"], r["dtype"])) for r in rows)))
+    variants = sorted({row["variant"] for row in rows}, key=[*COLOURS].index)
+    markers = dict(zip(groups, itertools.cycle("os^Dv<>pP*Xd")))
     figure, axes = pyplot.subplots(
-        2, len(ops), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+        2, len(ops), figsize=(1.2 + 4.6 * len(ops), 9), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
+    intensities, heights = zip(*(_point(row, roof) for row in rows))
+    left, right = min(intensities) / SPREAD / 1.2, max(intensities) * SPREAD * 1.2
     for line, direction in zip(axes, DIRECTIONS):
         for axis, op in zip(line, ops):
-            for g, group in enumerate(groups):
-                for v, name in enumerate(variants):
-                    row = found.get((direction, op, *group, name))
-                    _bar(axis, g + (v - (len(variants) - 1) / 2) * bar, 0.9 * bar, COLOURS[name], row)
-            axis.axvline(100, color="black", linestyle="--", linewidth=1)
+            for percent in (100, 10, 1):
+                ends = [percent / 100 * roof * x for x in (left, right)]
+                style = {"color": "black", "linewidth": 1.5} if percent == 100 else {"color": "0.8", "linestyle": "--"}
+                axis.plot((left, right), ends, zorder=0, **style)
+                if axis is line[-1]:
+                    name = " copy" if percent == 100 else f" {percent} %"
+                    axis.text(right, ends[1], name, va="center", fontsize=8, color=style["color"], clip_on=False)
+            _points(axis, [r for r in rows if (r["op"], r["direction"]) == (op, direction)], variants, markers, roof)
             axis.set_title(f"{op}, {direction}", loc="left", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(axis="y", length=0, labelsize=8)
-    axes[0, 0].set_yticks(range(len(groups)), [f"{shape}\n{dtype}" for shape, dtype in groups])
-    axes[0, 0].set_ylim(len(groups) - 0.45, -0.55)
-    axes[0, 0].set_xlim(0, 1.13 * max(100, *(row["copy_percent"] or 0 for row in rows)))
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in variants]
-    names = [name if "(" in name or name == ORIGINAL else f"ppllava_kernels, {name}" for name in variants]
-    figure.legend(handles, names, ncols=len(variants), loc="outside upper left", frameon=False, fontsize=9)
+    axis.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(heights) / 2.2, max(*heights, right * roof)))
+    ticks = [2.0**n for n in range(-4, 8) if left < 2.0**n < right]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    handles = [pyplot.Line2D([], [], linestyle="", marker="o", color=COLOURS[v], label=_label(v)) for v in variants]
+    handles += [
+        pyplot.Line2D([], [], linestyle="", marker=marker, color="0.4", label=" ".join(group))
+        for group, marker in markers.items()
+    ]
+    if not cuda:
+        handles.append(pyplot.Line2D([], [], color="black", linestyle=":", label="sum() of the inputs, the read roof"))
+    figure.legend(handles=handles, ncols=min(len(handles), 5), loc="outside upper left", frameon=False, fontsize=9)
+    figure.supylabel("GFLOP/s" if cuda else "operations in the time in which a copy moves one byte", fontsize=9)
+    untimed = len(results["rows"]) - len(rows)
     figure.supxlabel(
-        f"% of the speed of a copy (dashed) on the same machine in the same run; longer is better\n"
-        f"{report.machine_line(machine)}",
-        fontsize=9,
+        "operations per byte, each input read once and each output written once. Numbers: % of the speed of a copy on "
+        "the same machine in the same run.\nPoints of one dtype stand beside each other along the roof, so that their "
+        f"distance to it is exact. {f'{untimed} rows have no times. ' * bool(untimed)}{report.machine_line(machine)}",
+        fontsize=8,
     )
     return _save(pyplot, figure, path)
 
 
+SPREAD = 1.25  # how far, as a factor, the variants of one dtype stand from their operations per byte
+
+
+def _point(row: dict, roof: float) -> tuple[float, float]:
+    """(operations per byte, operations per second in the unit of `roof`)."""
+    intensity = row["flops"] / row["bytes"]
+    return intensity, intensity * roof * row["copy_percent"] / 100
+
+
+def _points(axis, rows: Sequence[dict], variants: Sequence[str], markers: dict, roof: float) -> None:
+    """The rows of one op and direction."""
+    places = [0.0] if len(variants) == 1 else [2 * v / (len(variants) - 1) - 1 for v in range(len(variants))]
+    shift = {name: SPREAD**place for name, place in zip(variants, places)}  # along the roof
+    columns: dict[tuple[str, bool], list[tuple[float, float, dict]]] = {}
+    for row in rows:
+        x, y = (z * shift[row["variant"]] for z in _point(row, roof))
+        peer = row["variant"] in PEERS
+        style = {"alpha": 0.55, "s": 26} if peer else {"s": 46, "edgecolors": "white", "linewidths": 0.5}
+        marker = markers[row["shape"], row["dtype"]]
+        axis.scatter(x, y, marker=marker, color=COLOURS[row["variant"]], zorder=2 if peer else 3, **style)
+        columns.setdefault((row["variant"], row["dtype"] == "fp32"), []).append((y, x, row))
+        if row["read_percent"]:
+            x, y = _point(row, roof)
+            ends = [(x * f, y * f * 100 / row["read_percent"]) for f in (1 / SPREAD, SPREAD)]
+            axis.plot(*zip(*ends), color="black", linestyle=":", linewidth=1, zorder=1)
+    for column in columns.values():  # its fastest and its slowest shape
+        column.sort(key=lambda point: point[2]["copy_percent"])
+        x = statistics.geometric_mean(x for _, x, _ in column)
+        for (y, _, row), offset, side in ((column[-1], 5, "bottom"), (column[0], -5, "top"))[: len(column)]:
+            style = {"fontsize": 7, "color": "0.3" if row["variant"] in PEERS else "black", "zorder": 4}
+            place = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center", "va": side}
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
+            axis.annotate(report.show(row["copy_percent"]), (x, y), bbox=box, **style, **place)
+    for wide in (True, False):
+        some = [row for row in rows if (row["dtype"] == "fp32") == wide]
+        if some:
+            names = ", ".join(dict.fromkeys(row["dtype"] for row in some))
+            x = statistics.geometric_mean(_point(row, roof)[0] for row in some)
+            axis.text(x, 0.01, names, transform=axis.get_xaxis_transform(), ha="center", fontsize=8, color="0.4")
+
+
+def _label(variant: str) -> str:
+    return variant if variant in PEERS else f"ppllava_kernels, {variant}"
+
+
 def draw_throughput(path: Path) -> str:
-    """As `draw`: videos per second and time to first token over the number of frames."""
+    """As `draw_roofline`: videos per second and time to first token over the number of frames."""
     pyplot = _pyplot()
     if pyplot is None:
         return NO_MATPLOTLIB
@@ -135,22 +203,12 @@ def _pyplot():
 
 
 def _save(pyplot, figure, path: Path) -> str:
-    target = path.with_suffix(".png")
+    target = picture(path)
     figure.savefig(target, dpi=110, metadata={"Source": fingerprint(path)})
     pyplot.close(figure)
     return f"wrote {target}"
 
 
-def _bar(axis, y: float, height: float, colour: str, row: dict | None) -> None:
-    if row is None:
-        return
-    percent = row["copy_percent"]
-    if percent is None:
-        axis.text(1, y, row["status"], va="center", fontsize=7, color="firebrick")
-        return
-    axis.barh(y, percent, height, color=colour)
-    axis.text(percent + 1, y, report.show(percent), va="center", fontsize=7)
-
-
 if __name__ == "__main__":
-    print({"throughput": draw_throughput}.get(Path(sys.argv[1]).stem, draw)(Path(sys.argv[1])))
+    draw = draw_throughput if Path(sys.argv[1]).stem == "throughput" else draw_roofline
+    print(draw(Path(sys.argv[1])))

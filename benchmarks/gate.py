@@ -17,6 +17,7 @@ RULE = (
     "this dtype"
 )
 RUNS = 6  # of each other; one can be exact by luck
+RUNS_OF_LARGE, LARGE = 2, 1 << 24  # elements; the largest error of so many is no matter of luck
 PEER_SLACK = 32 * torch.finfo(torch.float32).eps
 SAME_FUNCTION = 1e-9  # relative, in float64: another order of summation passes, another window does not
 
@@ -34,6 +35,11 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"error {self.error:.1e} {'<=' if self.passed else 'is not <='} {self.limit:.1e}"
+
+
+def runs(elements: int) -> int:
+    """How many of each other, for inputs of so many elements."""
+    return RUNS if elements < LARGE else RUNS_OF_LARGE
 
 
 def nudged(x: Tensor, seed: int) -> Tensor:

@@ -116,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "times": "microseconds, 20th, 50th and 80th percentile; variants take turns; caches are cold",
             "bytes": "each input read once, each output written once",
             "copy_percent": f"of the bytes/s, read and written, of a {timing.COPY_BYTES[machine['type']]} byte copy",
+            "read_percent": "on a CPU, of the bytes/s of sum() over the inputs of the op",
             "ratios": "time of the peer over time of the variant",
-            "first_call_s": "compilation included, caches empty; backward: with its forward",
+            "first_call_s": "compilation for this shape included, caches empty; backward: with its forward",
+            "host_us": "median time until a call returns, not synchronised, on a GPU that was idle before it",
             "left_out": left_out,
         }
         report.write(path, "kernels", machine, protocol, [row.as_dict() for row in rows])
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with fresh_compile_cache():
         rows = run(cases, settings, save, not args.no_isolation, args.time_limit)
     left_out = save(rows)
-    lines = [f"wrote {path}", chart.draw(path), *(f"left out after --time-limit: {name}" for name in left_out)]
+    lines = [f"wrote {path}", chart.draw_roofline(path), *(f"left out after --time-limit: {name}" for name in left_out)]
     return report.finish(rows, report.kernels_table(rows, machine), lines, machine)
 
 

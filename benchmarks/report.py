@@ -62,6 +62,7 @@ class Row(Outcome):
     ratios: dict[str, float] = field(default_factory=dict)  # peer -> its time over this time
     first_call_s: float | None = None
     extra_bytes: int | None = None
+    host_us: float | None = None  # until the call returns, of our backends on a GPU
     error: float | None = None
     limit: float | None = None
 
@@ -159,9 +160,11 @@ def _short(value: object) -> object:
 
 
 def show(number: float | None) -> str:
-    """Two digits below 10, none after the point above; "-" for what was not measured."""
+    """Two digits below 10, none after the point above, one of the very small; "-" for what was not measured."""
     if number is None:
         return "-"
+    if 0 < number < 0.095:
+        return f"{number:.1g}" if number >= 0.001 else "< 0.001"
     return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
 
 
@@ -233,7 +236,9 @@ def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
     table = Table(title=machine_line(machine), title_justify="left")
     for name in ("op", "shape", "dtype", "direction", "variant"):
         table.add_column(name, no_wrap=True)
-    for name in ("us", "p20-p80", "GB/s", "% copy", *(f"x {peer}" for peer in PEERS), "first s", "extra MB", "error"):
+    for name in ("us", "p20-p80", "GB/s", "% copy", "% read", *(f"x {peer}" for peer in PEERS)):
+        table.add_column(name, justify="right")
+    for name in ("first s", "extra MB", "host us", "error"):
         table.add_column(name, justify="right")
     for row, following in zip(rows, [*rows[1:], None]):
         name = f"[bold]{row.variant}[/bold]" if row.default else row.variant
@@ -243,9 +248,11 @@ def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
             f"{show(row.us_p20)}-{show(row.us_p80)}",
             show(row.gb_s),
             show(row.copy_percent),
+            show(row.read_percent),
             *(show(row.ratios.get(peer)) for peer in PEERS),
             show(row.first_call_s),
             show(None if row.extra_bytes is None else row.extra_bytes / 1e6),
+            show(row.host_us),
         ]
         if row.status != "ok":
             numbers = [f"[red]{row.status}[/red]", *["-"] * (len(numbers) - 1)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import ppllava_kernels
+from ppllava_kernels.backends import BACKENDS
 
 from . import baselines, gate, timing
 from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEERS, Row, set_ratios
@@ -139,6 +140,8 @@ class Runner:
                 row.extra_bytes = timing.peak_extra_bytes(v, self.device)
             except Exception as error:
                 row.reason = f"memory not measured: {timing.reason(error)}"
+            if self.device.type == "cuda" and v.name in BACKENDS:
+                row.host_us = 1e6 * timing.host_seconds(v, self.device)
         set_ratios(rows.values())
 
 
@@ -150,9 +153,10 @@ class Judges:
         plain, original = baselines.plain_reference(case.op, case.shape), baselines.original(case.op, case.shape)
         exactly = [x.double() for x in tensors]
         self.exact = self._results(plain, exactly)
+        self.runs = gate.runs(max(x.numel() for x in tensors))
         moved = [
             gate.relative_errors(self._results(plain, [gate.nudged(x, seed) for x in tensors]), self.exact)
-            for seed in range(gate.RUNS)
+            for seed in range(self.runs)
         ]
         self.dtypes, self.unavoidable = self._unavoidable(plain, moved)
         self.unable: str | None = None
@@ -169,7 +173,7 @@ class Judges:
     def _unavoidable(self, function: Function, errors: Sequence[list[float]]) -> tuple[list[torch.dtype], list[float]]:
         """The dtypes of eager PyTorch's results, and the largest error of each, beside `errors`."""
         errors = list(errors)
-        for seed in range(gate.RUNS):
+        for seed in range(self.runs):
             eager = self._shuffled(function, seed)
             errors.append(gate.relative_errors(eager, self.exact))
         return [x.dtype for x in eager], [max(each) for each in zip(*errors)]

@@ -99,7 +99,6 @@ SHAPES = {
     for shape in (
         Shape("vicuna7b_video", "PPLLaVA-Vicuna-7B, 32 frames", (32,), 24, 24, 768, 4096, (2, 3, 3)),
         Shape("vicuna7b_16frames", "PPLLaVA-Vicuna-7B, 16 frames", (16,), 24, 24, 768, 4096, (2, 3, 3)),
-        Shape("vicuna7b_8frames", "PPLLaVA-Vicuna-7B, 8 frames", (8,), 24, 24, 768, 4096, (2, 3, 3)),
         Shape("vicuna7b_image", "PPLLaVA-Vicuna-7B, one image", (1,), 24, 24, 768, 4096, (1, 3, 3)),
         Shape("qwen2_7b_video", "PPLLaVA-Qwen2-7B on SigLIP, 32 frames", (32,), 27, 27, 1152, 3584, (2, 3, 3)),
         Shape("long_video", "256 frames into 1,024 tokens", (256,), 24, 24, 768, 4096, None, (16, 8, 8)),
@@ -112,7 +111,7 @@ SHAPES = {
     )
 }
 FULL_SHAPES = tuple(name for name in SHAPES if not name.startswith(("small_", "tiny_")))
-CPU_SHAPES = ("vicuna7b_8frames",)
+CPU_SHAPES = ("vicuna7b_16frames",)
 
 
 @dataclass(frozen=True)
@@ -154,24 +153,30 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device | str = "
     )
 
 
-def moved_bytes(op: str, shape: Shape, dtype: torch.dtype, direction: str) -> int:
-    """Bytes that any implementation moves: each input read once, each output written once."""
+def traffic(op: str, shape: Shape, dtype: torch.dtype, direction: str) -> tuple[dict[str, int], dict[str, int]]:
+    """(read, written) bytes of each tensor that any implementation moves: inputs read once, outputs written once."""
     size, relevance = dtype.itemsize, 4
-    values, covered = shape.tokens * shape.channels * size, shape.covered_tokens * shape.channels * size
-    pooled = shape.pooled_tokens * shape.channels * size
-    image, text = shape.tokens * shape.guide_channels * size, shape.batch * shape.guide_channels * size
-    scores, covered_scores = shape.tokens * relevance, shape.covered_tokens * relevance
-    return {
-        ("prompt_relevance", "forward"): image + text + scores,
-        # reads grad, relevance and both embeddings, writes the gradients of both embeddings
-        ("prompt_relevance", "backward"): 2 * scores + 2 * (image + text),
-        ("weighted_pool3d", "forward"): covered + covered_scores + pooled,
-        # reads grad, values and weights, writes the gradients of values and weights
-        ("weighted_pool3d", "backward"): pooled + covered + covered_scores + values + scores,
-        ("prompt_guided_pool3d", "forward"): covered + image + text + pooled,
-        # reads grad, relevance and the three inputs, writes three gradients
-        ("prompt_guided_pool3d", "backward"): pooled + scores + covered + values + 2 * (image + text),
-    }[op, direction]
+    row = shape.channels * size
+    whole = {
+        "values": shape.tokens * row,
+        "weights": shape.tokens * relevance,
+        "image_embeds": shape.tokens * shape.guide_channels * size,
+        "text_embeds": shape.batch * shape.guide_channels * size,
+    }
+    # Patches that lie in no window need not be read; their gradient, 0, is written.
+    covered = whole | {"values": shape.covered_tokens * row, "weights": shape.covered_tokens * relevance}
+    read = {name: (whole if op == "prompt_relevance" else covered)[name] for name in OPS[op]}
+    scores = {"relevance": shape.tokens * relevance}
+    output = scores if op == "prompt_relevance" else {"pooled": shape.pooled_tokens * row}
+    if direction == "forward":
+        return read, output
+    saved = {} if op == "weighted_pool3d" else scores  # the softmax, from the forward
+    gradient = {f"gradient of {name}": moved for name, moved in output.items()}
+    return gradient | saved | read, {f"gradient of {name}": whole[name] for name in OPS[op]}
+
+
+def moved_bytes(op: str, shape: Shape, dtype: torch.dtype, direction: str) -> int:
+    return sum(sum(tensors.values()) for tensors in traffic(op, shape, dtype, direction))
 
 
 def flops(op: str, shape: Shape, direction: str) -> int:

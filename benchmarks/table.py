@@ -9,46 +9,70 @@ A block stands between <!-- begin: NAME --> and <!-- end: NAME -->; BLOCKS has a
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import report
-from .report import PEER, PEERS, PPLLAVA, VIDEO_PEERS, show
+from . import chart, report, shapes
+from .report import COMPILED_REFERENCE, ORIGINAL, PEER, PEERS, PPLLAVA, VIDEO_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
 # What the README shows of a full run; a device that measured none of them is shown whole.
 SHOWN = {
-    "shape": ("vicuna7b_video", "vicuna7b_8frames", "vicuna7b_image", "qwen2_7b_video", "long_video", "batch4_ragged"),
+    "shape": ("vicuna7b_video", "vicuna7b_16frames", "vicuna7b_image", "qwen2_7b_video", "long_video", "batch4_ragged"),
     "dtype": ("bf16", "fp32"),
 }
 RATIOS = ("first_token", "videos_s", "flops")
+CPU_PERCENTS = (
+    "% of a copy, % of a read: bytes per second against those of a large copy, and of `sum()` over the inputs of the "
+    "op, in the same run. More than 100 % of a copy: most bytes are read, and a CPU reads faster than it copies."
+)
 
 
-def device_tables(results: Path, kind: str, device: Callable[[dict], str]) -> str:
+def device_tables(results: Path, folder: Path, kind: str, device: Callable[[dict], str]) -> str:
     """A table, and the chart if there is one, for each device that has a <kind>.json; GPUs first."""
     found = [(path, report.read(path, kind)) for path in sorted(results.glob(f"*/{kind}.json"))]
     found.sort(key=lambda item: item[1]["machine"]["type"] != "cuda")
     parts = []
     for path, result in found:
         parts.append(device(result))
-        if path.with_suffix(".png").exists():
-            picture = path.with_suffix(".png").relative_to(results.parent.parent).as_posix()
-            parts.append(f"![{kind} on {result['machine']['device']}]({picture})")
+        picture = chart.picture(path)
+        if picture.exists():
+            link = Path(os.path.relpath(picture, folder)).as_posix()
+            parts.append(f"![{picture.stem} on {result['machine']['device']}]({link})")
     for type_, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")):
         if not any(result["machine"]["type"] == type_ for _, result in found):
             parts.append(f"**{name}**: not measured yet.")
     return "\n\n".join(parts)
 
 
-def kernels_block(results: Path) -> str:
-    return device_tables(results, "kernels", kernels_device)
+def kernels_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "kernels", kernels_device)
 
 
-def throughput_block(results: Path) -> str:
-    return device_tables(results, "throughput", throughput_device)
+def roofline_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "kernels", roofline_device)
+
+
+def throughput_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "throughput", throughput_device)
+
+
+def bytes_block(results: Path, folder: Path) -> str:
+    """Arithmetic on the registry: nothing here was measured."""
+    shape, dtype = shapes.SHAPES["vicuna7b_video"], shapes.DTYPES["bf16"]
+    lines = [["op", "direction", "read, MB", "written, MB", "in all", "FLOP per byte"], [*["---"] * 4, "---:", "---:"]]
+    for op in shapes.OPS:
+        for direction in shapes.DIRECTIONS:
+            both = shapes.traffic(op, shape, dtype, direction)
+            moved = sum(sum(tensors.values()) for tensors in both)
+            cells = (", ".join(f"{name} {show(n / 1e6)}" for name, n in tensors.items()) for tensors in both)
+            intensity = shapes.flops(op, shape, direction) / moved
+            lines.append([f"`{op}`", direction, *cells, show(moved / 1e6), f"{intensity:.2f}"])
+    return _rows(lines)
 
 
 def kernels_device(result: dict) -> str:
@@ -57,41 +81,53 @@ def kernels_device(result: dict) -> str:
     chosen = [row for row in rows if row["default"]]
     for key, names in SHOWN.items():
         chosen = [row for row in chosen if row[key] in names] or chosen
-    cases: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for row in chosen:
-        cases.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["direction"]] = row
-    head = [
-        "op",
-        "shape",
-        "dtype",
-        "backend",
-        *(["us"] if cuda else []),
-        *(f"x {_code(p)}" for p in PEERS),
-        "% of a copy",
-    ]
-    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
-    for (op, shape, dtype), both in cases.items():
-        cells = [*([_pair(both, lambda row: row["us_p50"])] if cuda else [])]
-        cells += [_pair(both, lambda row, peer=peer: row["ratios"].get(peer)) for peer in PEERS]
-        cells.append(_pair(both, lambda row: row["copy_percent"]))
-        lines.append([f"`{op}`", f"`{shape}`", dtype, next(iter(both.values()))["variant"], *cells])
-    left_out = result["protocol"]["left_out"]
+    columns = {
+        **({"us": lambda row: row["us_p50"]} if cuda else {}),
+        **{f"x {_code(peer)}": lambda row, peer=peer: row["ratios"].get(peer) for peer in PEERS},
+        "% of a copy": lambda row: row["copy_percent"],
+        **({} if cuda else {"% of a read": lambda row: row["read_percent"]}),
+    }
     note = [
         "Forward / backward. x: how many times faster than the peer, below 1 is slower; "
         "both timed in turns in one run, after the result was checked.",
-        *(["More than 100 %: most bytes are read, and a CPU reads faster than it copies."] if not cuda else []),
-        *([f"Left out for lack of time: {', '.join(left_out)}."] if left_out else []),
+        *([] if cuda else [CPU_PERCENTS]),
+        *_warnings(result, {_case(row) for row in chosen}),
     ]
-    note += [warning] if (warning := report.busy(machine)) else []
-    troubles: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] != "ok" and (row["op"], row["shape"], row["dtype"]) in cases:
-            trouble = f"{_code(row['variant'])} {row['status']} ({row['reason']})"
-            troubles.setdefault(trouble, []).append(
-                f"`{row['op']}` {row['direction']} on `{row['shape']}` {row['dtype']}"
-            )
-    note += [f"{trouble}: {', '.join(places)}." for trouble, places in troubles.items()]
-    return _device(machine, lines, note)
+    return _device(machine, _case_lines(chosen, columns), note)
+
+
+def roofline_device(result: dict) -> str:
+    """Every backend that was measured, on every shape."""
+    machine, rows = result["machine"], result["rows"]
+    cuda = machine["type"] == "cuda"
+    peer = {_case(row): row for row in rows if row["variant"] == COMPILED_REFERENCE}
+
+    def first_call(row: dict, of: dict | None) -> float | None:
+        if of is None or of["first_call_s"] is None:
+            return None
+        return of["first_call_s"] * 1e3 if cuda else of["first_call_s"] * 1e6 / row["us_p50"]
+
+    unit = "ms" if cuda else "calls"
+    columns = {
+        **({"us": lambda row: row["us_p50"], "GB/s": lambda row: row["gb_s"]} if cuda else {}),
+        "% of a copy": lambda row: row["copy_percent"],
+        **({} if cuda else {"% of a read": lambda row: row["read_percent"]}),
+        **{f"x {_code(p)}": lambda row, p=p: row["ratios"].get(p) for p in (COMPILED_REFERENCE, ORIGINAL)},
+        "extra MB": lambda row: row["extra_bytes"] and row["extra_bytes"] / 1e6,
+        f"first call, {unit}": lambda row: first_call(row, row),
+        f"first call of {_code(COMPILED_REFERENCE)}, {unit}": lambda row: first_call(row, peer.get(_case(row))),
+        "host us": lambda row: row.get("host_us"),
+    }
+    ours = [row for row in rows if row["variant"] not in PEERS]
+    note = [
+        "Forward / backward, every backend that can run there. x: how many times faster than the peer, below 1 is "
+        "slower. Extra: the most that PyTorch holds during the call beyond its inputs, the result included. First "
+        f"call: with a new shape{'' if cuda else ', in later calls of the backend of that row'}; "
+        "the peer compiles for each new number of frames. Host: until the call returns, on a GPU that was idle before.",
+        *([] if cuda else [CPU_PERCENTS]),
+        *_warnings(result, {_case(row) for row in ours}),
+    ]
+    return _device(machine, _case_lines(ours, columns), note)
 
 
 def throughput_device(result: dict) -> str:
@@ -130,9 +166,41 @@ def throughput_device(result: dict) -> str:
 
 
 def _device(machine: dict, lines: Sequence[Sequence[str]], note: Sequence[str]) -> str:
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     source = f"`{machine['command']}`; {report.machine_line(machine)}"
-    return "\n\n".join((f"**{machine['device']}**", table, " ".join(note), source))
+    return "\n\n".join((f"**{machine['device']}**", _rows(lines), " ".join(note), source))
+
+
+def _rows(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _case(row: dict) -> tuple[str, ...]:
+    return row["op"], row["shape"], row["dtype"], row["direction"]
+
+
+def _warnings(result: dict, cases: set[tuple[str, ...]]) -> list[str]:
+    """What a reader must know of a run: what it left out, whether it was disturbed, what went wrong in `cases`."""
+    left_out = result["protocol"]["left_out"]
+    lines = [f"Left out for lack of time: {', '.join(left_out)}."] if left_out else []
+    lines += [warning] if (warning := report.busy(result["machine"])) else []
+    troubles: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["status"] != "ok" and _case(row) in cases:
+            trouble = f"{_code(row['variant'])} {row['status']} ({row['reason']})"
+            place = f"`{row['op']}` {row['direction']} on `{row['shape']}` {row['dtype']}"
+            troubles.setdefault(trouble, []).append(place)
+    return lines + [f"{trouble}: {', '.join(places)}." for trouble, places in troubles.items()]
+
+
+def _case_lines(rows: Sequence[dict], columns: dict[str, Callable[[dict], float | None]]) -> list[list[str]]:
+    """A line for each op, shape, dtype and backend; each of `columns` holds the numbers of both directions."""
+    cases: dict[tuple[str, ...], dict[str, dict]] = {}
+    for row in rows:
+        case = f"`{row['op']}`", f"`{row['shape']}`", row["dtype"], row["variant"]
+        cases.setdefault(case, {})[row["direction"]] = row
+    head = ["op", "shape", "dtype", "backend"]
+    body = [[*case, *(_pair(both, number) for number in columns.values())] for case, both in cases.items()]
+    return [[*head, *columns], ["---"] * len(head) + ["---:"] * len(columns), *body]
 
 
 def _each(numbers: Sequence[float | None]) -> str:
@@ -157,25 +225,30 @@ def _code(peer: str) -> str:
     return peer if "(" not in peer else "`torch.compile` of the " + peer.partition("(")[2].removesuffix(")")
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"kernels": kernels_block, "throughput": throughput_block}
+BLOCKS: dict[str, Callable[[Path, Path], str]] = {
+    "kernels": kernels_block,
+    "throughput": throughput_block,
+    "roofline": roofline_block,
+    "bytes": bytes_block,
+}
 
 
-def render(text: str, results: Path, source: str) -> str:
-    """`text` with all its blocks written anew."""
+def render(text: str, results: Path, path: Path) -> str:
+    """`text`, of the file `path`, with all its blocks written anew."""
     for word in ("begin", "end"):
         marks = re.findall(rf"<!-- {word}: ([\w-]+) -->", text)
         if marks != [match["name"] for match in BLOCK.finditer(text)]:
             raise ValueError(
-                f"{source}: every block needs <!-- begin: NAME --> on a line and <!-- end: NAME --> after it"
+                f"{path.name}: every block needs <!-- begin: NAME --> on a line and <!-- end: NAME --> after it"
             )
 
     def block(match: re.Match) -> str:
         name = match["name"]
         if name not in BLOCKS:
             raise ValueError(
-                f"{source}: block {name!r} must be one of {', '.join(BLOCKS)}; add it to benchmarks/table.py"
+                f"{path.name}: block {name!r} must be one of {', '.join(BLOCKS)}; add it to benchmarks/table.py"
             )
-        return f"<!-- begin: {name} -->\n{BLOCKS[name](results)}\n<!-- end: {name} -->"
+        return f"<!-- begin: {name} -->\n{BLOCKS[name](results, path.parent)}\n<!-- end: {name} -->"
 
     return BLOCK.sub(block, text)
 
@@ -190,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.exists():
             continue
         before = path.read_text()
-        after = render(before, args.root / "benchmarks" / "results", path.name)
+        after = render(before, args.root / "benchmarks" / "results", path)
         if before == after:
             continue
         stale += 1

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-TURN_S, MAX_CALLS = 0.02, 4  # a variant's turn in a round: calls until it took this long, but no more than this many
+TURN_S, MAX_CALLS = 0.02, 4  # a turn: calls for so long, or for half a call of the slowest, but not more than so many
+SLOW_S = 0.2  # needs no second warm-up
+HOST_CALLS = 50
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # read, and as many written
 BACKLOG_CYCLES = 1_000_000  # about 0.5 ms, in which the host runs ahead, so that its launches are not what is timed
 
@@ -114,11 +116,11 @@ def last_level_cache() -> int:
 
 
 def measure(
-    variants: Sequence[Variant], clock: Clock, *, budget_s: float = 1.5, min_rounds: int = 5, max_rounds: int = 100
+    variants: Sequence[Variant], clock: Clock, *, budget_s: float = 1.5, min_rounds: int = 3, max_rounds: int = 100
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time the variants in turns, so that noise hits all of them: (timings, reasons of those that failed) by name."""
     failed: dict[str, str] = {}
-    calls: dict[str, int] = {}
+    once: dict[str, float] = {}
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
 
     def turn(variant: Variant, times: int) -> list[Callable[[], float]]:
@@ -128,11 +130,15 @@ def measure(
             failed[variant.name] = reason(error)
             return []
 
-    for variant in variants:  # twice, to warm up; the second one says how long it takes
-        samples = turn(variant, 2)
-        clock.wait()
-        if samples:
-            calls[variant.name] = min(MAX_CALLS, max(1, int(TURN_S / max(samples[-1](), 1e-9))))
+    for variant in variants:  # to warm up, twice unless it is slow; the last one says how long it takes
+        for _ in range(2):
+            for sample in turn(variant, 1):
+                clock.wait()
+                once[variant.name] = max(sample(), 1e-9)
+            if variant.name in failed or once[variant.name] > SLOW_S:
+                break
+    length = max([TURN_S, *(took / 2 for took in once.values())])
+    calls = {name: min(MAX_CALLS, max(1, int(length / took))) for name, took in once.items()}
     start, rounds = clock.now(), 0
     while rounds < min_rounds or (rounds < max_rounds and clock.now() - start < budget_s):
         first = rounds % len(variants)  # nobody always runs after the same one
@@ -152,6 +158,19 @@ def first_call(function: Callable[[], Any], device: torch.device | str) -> tuple
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - start
+
+
+def host_seconds(variant: Variant, device: torch.device | str) -> float:
+    """Median time until a call returns, its kernels perhaps still running, on a GPU that was idle before it."""
+    seconds = []
+    for _ in range(HOST_CALLS):
+        prepared = variant.prepare()
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        result = variant.run(prepared)
+        seconds.append(time.perf_counter() - start)
+        del result
+    return statistics.median(seconds)
 
 
 def copy_variant(device: torch.device | str) -> tuple[Variant, int]:

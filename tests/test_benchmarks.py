@@ -1,11 +1,10 @@
-"""The benchmark harness: its baselines are the original, its statistics are right, and no wrong result gets a time."""
+"""The benchmarks: their baselines are the original, no wrong result gets a time, tables and charts show the results."""
 
 import hashlib
 import json
 import sys
 from pathlib import Path
 
-import close
 import pytest
 import torch
 from PIL import Image
@@ -14,11 +13,10 @@ from safetensors.torch import load_file
 import ppllava_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
-from benchmarks import baselines, gate, isolation, kernels, machine, report, runner, shapes, table, timing
+from benchmarks import baselines, chart, isolation, kernels, machine, report, runner, shapes, table, timing
 
 POOL3D = Path(__file__).parent / "golden" / "pool3d"
 META = json.loads((POOL3D / "meta.json").read_text())
-TINY = [name for name in shapes.SHAPES if name.startswith("tiny_")]
 
 
 @pytest.fixture
@@ -73,155 +71,7 @@ def test_original_refuses_windows_that_are_not_ours():
     assert baselines.original_window((256, 24, 24), None, (16, 8, 8)) == ((16, 3, 3), (16, 3, 3))
 
 
-# ---- shapes
-
-
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_shape_is_valid(name):
-    shape = shapes.SHAPES[name]
-    assert all(min(size) >= 1 for size in shape.pooled_sizes)
-    assert 0 < shape.pooled_tokens <= shape.covered_tokens <= shape.tokens
-    for op in shapes.OPS:
-        for direction in shapes.DIRECTIONS:
-            assert shapes.flops(op, shape, direction) > 0
-            assert shapes.moved_bytes(op, shape, torch.bfloat16, direction) > 0
-
-
-def test_bytes_of_the_main_shape():
-    """The numbers of the design, in MB: values 151, embeddings 28, pooled 8.4."""
-    shape = shapes.SHAPES["vicuna7b_video"]
-    pool, guided = (
-        shapes.moved_bytes(op, shape, torch.bfloat16, "forward") / 1e6
-        for op in ("weighted_pool3d", "prompt_guided_pool3d")
-    )
-    assert pool == pytest.approx(151 + 8.4, abs=0.2)
-    assert guided == pytest.approx(151 + 28.3 + 8.4, abs=0.2)
-    assert shape.pooled_tokens == 1024
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_inputs_are_valid_and_guide(name):
-    shape = shapes.SHAPES[name]
-    inputs = shapes.make_inputs(shape, torch.float32)
-    for op in shapes.OPS:
-        window = {} if op == "prompt_relevance" else shape.window
-        output = getattr(ppllava_kernels, op)(*inputs.of(op), **window, cu_frames=inputs.cu_frames)
-        assert output.shape == shape.output_shape(op)
-    relevance = ppllava_kernels.prompt_relevance(*inputs.of("prompt_relevance"), cu_frames=inputs.cu_frames)
-    torch.testing.assert_close(relevance, inputs.weights, rtol=1e-3, atol=1e-6)
-    pooled, plain = (
-        ppllava_kernels.weighted_pool3d(inputs.values, w, **shape.window, cu_frames=inputs.cu_frames)
-        for w in (relevance, None)
-    )
-    assert (pooled - plain).norm() / plain.norm() > 0.05
-
-
-def test_cosines_spread_like_those_of_clip():
-    inputs = shapes.make_inputs(shapes.SHAPES["small_video"], torch.float32)
-    cosine = torch.cosine_similarity(inputs.image_embeds, inputs.text_embeds[0], dim=-1)
-    assert cosine.mean().item() == pytest.approx(0.2, abs=0.005)
-    assert cosine.std().item() == pytest.approx(0.02, abs=0.002)
-
-
-# ---- timing
-
-
-class FakeClock:
-    """Every variant takes the seconds of its name; each call is written down."""
-
-    def __init__(self, seconds, overhead=0.0):
-        self.seconds, self.overhead, self.time, self.order = seconds, overhead, 0.0, []
-
-    def sample(self, variant):
-        variant.run(variant.prepare())
-        self.order.append(variant.name)
-        taken = self.seconds[variant.name]
-        self.time += taken + self.overhead
-        return lambda: taken
-
-    def wait(self):
-        pass
-
-    def now(self):
-        return self.time
-
-
-def test_variants_take_turns():
-    clock = FakeClock({"a": 0.1, "b": 0.2, "c": 0.3})
-    variants = [timing.Variant(name, lambda _: None) for name in clock.seconds]
-    timings, failed = timing.measure(variants, clock, budget_s=0, min_rounds=3)
-    assert "".join(clock.order) == "aabbcc" + "abc" + "bca" + "cab"
-    assert failed == {}
-    assert {name: t.p50 for name, t in timings.items()} == clock.seconds
-    assert all(t.samples == 3 for t in timings.values())
-
-
-def test_fast_variants_get_more_calls_and_the_budget_ends_it():
-    clock = FakeClock({"fast": 0.006, "slow": 0.5})
-    variants = [timing.Variant(name, lambda _: None) for name in clock.seconds]
-    timings, _ = timing.measure(variants, clock, budget_s=5, min_rounds=2)
-    assert timings["fast"].samples == 3 * timings["slow"].samples
-    assert timings["slow"].samples == 10
-
-
-def test_a_variant_that_fails_leaves_the_others():
-    calls = []
-
-    def fail_later(_):
-        calls.append(1)
-        if len(calls) > 3:
-            raise RuntimeError("broke\nhere")
-
-    clock = FakeClock({"bad": 0.1, "good": 0.1})
-    variants = [timing.Variant("bad", fail_later), timing.Variant("good", lambda _: None)]
-    timings, failed = timing.measure(variants, clock, budget_s=0)
-    assert failed == {"bad": "RuntimeError: broke"}
-    assert list(timings) == ["good"]
-
-
-def test_percentiles():
-    assert timing.Timing.of([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
-    assert timing.Timing.of([float(n) for n in range(11)]) == timing.Timing(2.0, 5.0, 8.0, 11)
-
-
-def test_preparation_is_not_timed(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    clock = timing.HostClock(cache_bytes=1)
-
-    def takes(seconds):
-        now[0] += seconds
-        return seconds
-
-    assert clock.sample(timing.Variant("x", lambda _: takes(2), lambda: takes(5)))() == 2
-
-
-def test_peak_extra_memory_on_the_cpu():
-    x = torch.ones(1 << 18)  # 1 MiB
-    for run, expected in ((lambda _: x * 2, 1), (lambda _: (x * 2 + 1).sum(), 2)):
-        assert timing.peak_extra_bytes(timing.Variant("x", run), "cpu") / x.nbytes == pytest.approx(expected, abs=0.01)
-
-
-# ---- gate
-
-
-def test_gate_allows_twice_what_is_unavoidable():
-    generator = torch.Generator().manual_seed(0)
-    exact = torch.randn(100, dtype=torch.float64, generator=generator)
-    others = [exact.float() * (1 + 1e-6), exact * (1 + 2e-7)]
-    for factor, passes in ((1e-7, True), (1.9e-6, True), (2.3e-6, False), (1e-4, False)):
-        actual = exact.float() * (1 + factor)
-        if passes:
-            close.assert_close("x", actual, others, exact)
-        else:
-            with pytest.raises(AssertionError, match=r"x: error .* is not <= "):
-                close.assert_close("x", actual, others, exact)
-
-
-@pytest.mark.parametrize("spoil", [lambda x: x * torch.nan, lambda x: x[:1], lambda x: x * torch.inf])
-def test_gate_rejects(spoil):
-    exact = torch.ones(2, 3, dtype=torch.float64)
-    assert not gate.judge(gate.relative_errors([spoil(exact.float())], [exact]), [0.0], [torch.float32]).passed
+# ---- the gate
 
 
 def drop_one_patch(function):
@@ -283,13 +133,13 @@ def test_the_command_writes_json_and_chart_that_agree(eager_peers, small_ceiling
         assert row["default"] == (row["variant"] == timed[0])
     assert result["machine"]["command"].startswith("python -m benchmarks.kernels --device cpu")
     digest = hashlib.sha256((tmp_path / "kernels.json").read_bytes()).hexdigest()
-    with Image.open(tmp_path / "kernels.png") as image:
+    with Image.open(tmp_path / "roofline.png") as image:
         assert image.info["Source"].endswith(digest)
     assert "prompt_guided_pool3d" in capsys.readouterr().out
 
 
 def test_a_backend_that_cannot_run_is_a_row_with_the_reason(eager_peers, small_ceilings, monkeypatch, tmp_path):
-    monkeypatch.setattr(ppllava_kernels.backends.cpp, "_missing", "there is no compiler")
+    monkeypatch.setattr(ppllava_kernels.backends.cpp, "missing", "there is no compiler")
     assert quick(tmp_path, "--ops", "prompt_relevance", "--dtypes", "fp32", "--backends", "cpp") == 0
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert {row["reason"] for row in rows if row["variant"] == "cpp"} == {
@@ -359,6 +209,8 @@ def project(eager_peers, small_ceilings, tmp_path):
     quick(tmp_path / "benchmarks" / "results" / "cpu-test", "--dtypes", "fp32", "--ops", "weighted_pool3d")
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("above\n\n<!-- begin: kernels -->\n<!-- end: kernels -->\n\nbelow\n")
+    blocks = (f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in ("roofline", "bytes"))
+    (tmp_path / "docs" / "performance.md").write_text("\n".join(blocks))
     (tmp_path / "docs" / "plain.md").write_text("no block\n")
     return tmp_path
 
@@ -387,10 +239,56 @@ def test_table_shows_microseconds_of_a_gpu_and_its_wrong_results(project):
     for row in result["rows"]:
         row.update(us_p50=12.34, status="ok" if row["direction"] == "forward" else "wrong")
     path.write_text(json.dumps(result))
-    block = table.kernels_block(project / "benchmarks" / "results")
+    block = table.kernels_block(project / "benchmarks" / "results", project)
     assert "NVIDIA Test" in block
     assert "| 12 / wrong |" in block
     assert "**CPU**: not measured yet." in block
+
+
+def test_docs_show_all_backends_and_what_a_first_call_costs(project):
+    path = next(project.glob("benchmarks/results/*/kernels.json"))
+    result = json.loads(path.read_text())
+    for row in result["rows"]:
+        peer = row["variant"] in report.PEERS
+        row.update(us_p50=100.0, first_call_s=2.0 if peer else 0.0005, copy_percent=70.0, read_percent=60.0)
+        row.update(extra_bytes=3_000_000, ratios={report.COMPILED_REFERENCE: 2.0, report.ORIGINAL: 30.0})
+    path.write_text(json.dumps(result))
+    table.main(["--root", str(project)])
+    text = (project / "docs" / "performance.md").read_text()
+    for name in ("cpp", "reference"):
+        numbers = "70 / 70 | 60 / 60 | 2.0 / 2.0 | 30 / 30 | 3.0 / 3.0 | 5.0 / 5.0 | 20,000 / 20,000 | - / - |"
+        assert f"| `weighted_pool3d` | `tiny_video` | fp32 | {name} | {numbers}" in text
+    assert "![roofline on " in text
+    assert "](../benchmarks/results/cpu-test/roofline.png)" in text
+    assert "values 151, weights 0.07 | pooled 8.4 | 159 |" in text
+    result["machine"] |= {"type": "cuda", "device": "NVIDIA Test"}
+    for row in result["rows"]:
+        row.update(host_us=12.0 if row["variant"] == "cpp" else None, gb_s=4000.0)
+    path.write_text(json.dumps(result))
+    block = table.roofline_block(project / "benchmarks" / "results", project / "docs")
+    assert "| cpp | 100 / 100 | 4,000 / 4,000 | 70 / 70 | 2.0 / 2.0 | 30 / 30 | 3.0 / 3.0 | 0.5 / 0.5 |" in block
+    assert "| 2,000 / 2,000 | 12 / 12 |" in block
+
+
+def test_roofline_of_a_gpu_and_without_rows(project):
+    path = next(project.glob("benchmarks/results/*/kernels.json"))
+    result = json.loads(path.read_text())
+    result["machine"] |= {"type": "cuda", "device": "NVIDIA Test"}
+    result["rows"][0].update(status="failed", reason="out of memory", copy_percent=None)
+    path.write_text(json.dumps(result))
+    assert chart.draw_roofline(path) == f"wrote {path.with_name('roofline.png')}"
+    path.write_text(json.dumps(result | {"rows": result["rows"][:1]}))
+    assert "no rows with times" in chart.draw_roofline(path)
+
+
+def test_every_variant_has_a_colour():
+    assert {*ppllava_kernels.backends.BACKENDS, *report.PEERS} <= chart.COLOURS.keys()
+
+
+def test_points_keep_their_distance_to_the_roof():
+    row = {"flops": 50, "bytes": 100, "copy_percent": 80.0}
+    assert chart._point(row, 1.0) == (0.5, 0.4)  # relative: 80 % of the roof y = x
+    assert chart._point(row, 4000.0) == (0.5, 1600.0)  # GFLOP/s under a copy of 4000 GB/s
 
 
 @pytest.mark.parametrize(
@@ -402,4 +300,4 @@ def test_table_shows_microseconds_of_a_gpu_and_its_wrong_results(project):
 )
 def test_table_refuses_broken_blocks(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        table.render(text, tmp_path, "README.md")
+        table.render(text, tmp_path, tmp_path / "README.md")

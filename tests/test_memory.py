@@ -42,6 +42,8 @@ def test_dropped_patches_do_not_count(case, place):
 def test_offsets_beyond_32_bits(place, tmp_path):
     """Frames that lie more than 2**31 elements apart: two hours of video at the width of a language model."""
     backend, device = place
+    if place == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter copies the whole storage of 8 GB; `make gpu` runs this on a GPU")
     apart, shape = 2**31 + 8, (1, 3, 2, 2, 8)
     strides = (0, apart, 16, 8, 1)
     if device == "cpu":  # of a sparse file, which takes no memory where nothing is written
