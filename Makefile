@@ -7,7 +7,7 @@ OUT ?=
 # Not empty: `make gpu` without the steps that passed before.
 RESUME ?=
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: benchmark test lint format table dist smoke gpu clean
 
@@ -43,7 +43,7 @@ gpu:  ## the GPU round, without network or .venv, in ten minutes: build, test, c
 	$(PYTHON) -m benchmarks.gpu_round $(if $(OUT),--out $(OUT)) $(if $(RESUME),--resume)
 
 # torch first and no build isolation: with it, pip would fetch the newest torch to build against.
-$(VENV)/ready: pyproject.toml setup.py $(SOURCES)
+$(VENV)/ready: pyproject.toml setup.py $(filter csrc/%,$(SOURCES))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja

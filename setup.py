@@ -39,9 +39,8 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 def find_nvcc() -> Path | None:
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     found = [home / "bin" / "nvcc" for home in (*homes, Path("/usr/local/cuda"))]
-    return next((path for path in (found[: len(homes)]) if path.exists()), None) or (
-        Path(on_path) if (on_path := shutil.which("nvcc")) else found[-1] if found[-1].exists() else None
-    )
+    found.insert(len(homes), Path(shutil.which("nvcc") or "/no/nvcc/on/the/path"))
+    return next((path for path in found if path.exists()), None)
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
@@ -57,6 +56,32 @@ def gencode(arch: str) -> list[str]:
     number, _, ptx = arch.partition("+")
     targets = [f"sm_{number}", *([f"compute_{number}"] if ptx else [])]
     return [f"-gencode=arch=compute_{number},code=[{','.join(targets)}]"]
+
+
+def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | None]:
+    """Start to compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be."""
+    nvcc = find_nvcc()
+    if os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower() == "none":
+        return [], "PPLLAVA_CUDA_ARCHS=none when it was installed"
+    if nvcc is None:
+        return [], "there was no nvcc when it was installed"
+    libraries = [path.parent for path in nvcc.resolve().parent.parent.glob("**/libcudart_static.a")]
+    if not libraries:
+        return [], "nvcc came without libcudart_static.a when it was installed"
+    archs = cuda_archs(nvcc)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += [flag for arch in archs for flag in gencode(arch)]
+    processes = []
+    for source in CUDA_KERNELS:
+        command = [str(nvcc), *flags, "-c", str(source), "-o", str(folder / source.with_suffix(".o").name)]
+        print(*command, flush=True)
+        processes.append(subprocess.Popen(command))
+    extension.library_dirs.append(str(libraries[0]))
+    # The runtime is linked in, so that nothing of CUDA is needed to import this on a machine without it.
+    extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    extension.define_macros += [("PPLLAVA_WITH_CUDA", None), ("PPLLAVA_CUDA_ARCHS", f'"{" ".join(archs)}"')]
+    return processes, None
 
 
 class BuildKernels(BuildExtension):
@@ -77,6 +102,24 @@ class BuildKernels(BuildExtension):
                 self.copy_file(str(NOTE), str(Path(self.build_lib) / NOTE))
 
     def build_extension(self, extension):
+        """nvcc works beside the C++ compiler; where it fails, all but CUDA is built."""
+        nvccs, missing = start_nvcc(Path(self.build_temp) / "cuda", extension)
+        try:
+            self.build_cpu(extension)
+        except BaseException:
+            for process in nvccs:
+                process.kill()
+            raise
+        if sum(process.wait() != 0 for process in nvccs):
+            missing = "nvcc failed when it was installed"
+        if missing is None:
+            extension.extra_objects += [process.args[process.args.index("-o") + 1] for process in nvccs]
+        else:
+            sys.stderr.write(f"warning: the CUDA kernels are left out: {missing}\n")
+            extension.define_macros = [("PPLLAVA_CUDA_MISSING", f'"{missing}"')]
+        super().build_extension(extension)
+
+    def build_cpu(self, extension):
         for name, flags in CAPABILITIES.items():
             extension.extra_objects += self.compiler.compile(
                 KERNELS,
@@ -85,40 +128,6 @@ class BuildKernels(BuildExtension):
                 extra_postargs=[*FLAGS, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"],
                 depends=extension.depends,
             )
-        missing = self.add_cuda(extension)
-        if missing is not None:
-            sys.stderr.write(f"warning: the CUDA kernels are left out: {missing}\n")
-            extension.define_macros.append(("PPLLAVA_CUDA_MISSING", f'"{missing}"'))
-        super().build_extension(extension)
-
-    def add_cuda(self, extension) -> str | None:
-        """Compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be."""
-        nvcc = find_nvcc()
-        if os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower() == "none":
-            return "PPLLAVA_CUDA_ARCHS=none when it was installed"
-        if nvcc is None:
-            return "there was no nvcc when it was installed"
-        home = nvcc.resolve().parent.parent
-        libraries = [path.parent for path in home.glob("**/libcudart_static.a")]
-        if not libraries:
-            return "nvcc came without libcudart_static.a when it was installed"
-        archs = cuda_archs(nvcc)
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for source in CUDA_KERNELS:
-            objects.append(str(folder / source.with_suffix(".o").name))
-            command = [nvcc, "-c", source, "-o", objects[-1], "-std=c++17", "-O3", "--threads=0"]
-            command += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(flag for arch in archs for flag in gencode(arch))]
-            print(*command, flush=True)
-            if subprocess.run(command).returncode != 0:
-                return f"nvcc could not compile {source} when it was installed"
-        extension.extra_objects += objects
-        extension.library_dirs.append(str(libraries[0]))
-        # The runtime is linked in, so that nothing of CUDA is needed to import this on a machine without it.
-        extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        extension.define_macros += [("PPLLAVA_WITH_CUDA", None), ("PPLLAVA_CUDA_ARCHS", f'"{" ".join(archs)}"')]
-        return None
 
 
 setup(

@@ -7,8 +7,13 @@
 
 namespace ppllava::cuda {
 
-constexpr int kMaxClips = 64;     // of different length in one launch; more take several launches
-constexpr int kMaxParts = 2048;   // of one clip
+#ifndef PPLLAVA_CUDA_ON_HOST
+constexpr int kMaxClips = 64;    // of different length in one launch; more take several launches
+constexpr int kMaxParts = 2048;  // of one clip
+#else
+constexpr int kMaxClips = 3;  // so that small tests take several launches
+constexpr int kMaxParts = 4;  // and several tiles in a part
+#endif
 constexpr int kForwardTile = 16;  // patches that a block scores at a time
 constexpr int kBackwardTile = 32;
 

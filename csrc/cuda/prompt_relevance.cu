@@ -218,7 +218,6 @@ __device__ void finish_grads(
       const float grad = norm <= kEps ? 0 : (sum - along * memory.unit[c]) / norm;
       store_scalar(r.text_grad, (batch.first + b) * r.text_grad.stride[0] + c, grad);
     }
-    __syncthreads();  // of_warps is read
   }
 }
 

@@ -1,0 +1,24 @@
+"""A few cases of every op, in a process of its own: python -m cuda_on_host.sweep FOLDER, in tests/."""
+
+import sys
+from pathlib import Path
+
+from .backend import install
+
+
+def main(folder: Path) -> None:
+    install(folder)
+    import torch
+    from cases import CASES, DTYPES, OPS, Case, check, make_inputs
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cases = [CASES["overlap"], CASES["ragged_adaptive"], Case((2, 9, 5, 3), (104, 24), dict(kernel_size=(4, 3, 3)))]
+    # Parts of several tiles, and several parts for each block.
+    cases.append(Case((2, 7, 8, 8), (8, 8), dict(kernel_size=(7, 4, 8))))
+    for case, dtype in zip(cases, ("bf16", "fp32", "fp32", "fp16")):
+        for op in OPS:
+            check(op, case, make_inputs(case, DTYPES[dtype]), ("cuda", "cpu"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
