@@ -99,6 +99,7 @@ SHAPES = {
     for shape in (
         Shape("vicuna7b_video", "PPLLaVA-Vicuna-7B, 32 frames", (32,), 24, 24, 768, 4096, (2, 3, 3)),
         Shape("vicuna7b_16frames", "PPLLaVA-Vicuna-7B, 16 frames", (16,), 24, 24, 768, 4096, (2, 3, 3)),
+        Shape("vicuna7b_8frames", "PPLLaVA-Vicuna-7B, 8 frames", (8,), 24, 24, 768, 4096, (2, 3, 3)),
         Shape("vicuna7b_image", "PPLLaVA-Vicuna-7B, one image", (1,), 24, 24, 768, 4096, (1, 3, 3)),
         Shape("qwen2_7b_video", "PPLLaVA-Qwen2-7B on SigLIP, 32 frames", (32,), 27, 27, 1152, 3584, (2, 3, 3)),
         Shape("long_video", "256 frames into 1,024 tokens", (256,), 24, 24, 768, 4096, None, (16, 8, 8)),

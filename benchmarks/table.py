@@ -22,7 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
 # What the README shows of a full run; a device that measured none of them is shown whole.
 SHOWN = {
-    "shape": ("vicuna7b_video", "vicuna7b_16frames", "vicuna7b_image", "qwen2_7b_video", "long_video", "batch4_ragged"),
+    "shape": (
+        "vicuna7b_video",
+        "vicuna7b_16frames",
+        "vicuna7b_8frames",
+        "vicuna7b_image",
+        "qwen2_7b_video",
+        "long_video",
+        "batch4_ragged",
+    ),
     "dtype": ("bf16", "fp32"),
 }
 RATIOS = ("first_token", "videos_s", "flops")

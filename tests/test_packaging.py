@@ -101,6 +101,7 @@ def test_one_file_per_op_and_backend():
     for op in ("prompt_relevance", "weighted_pool3d"):
         assert sorted(name for name in tracked if op in name) == [
             f"csrc/cpu/{op}.cpp",
+            f"csrc/cuda/{op}.cu",
             f"ppllava_kernels/backends/triton/{op}.py",
             f"tests/test_{op}.py",
         ]

@@ -14,7 +14,7 @@ constexpr int kMaxParts = 2048;  // of one clip
 constexpr int kMaxClips = 3;  // so that small tests take several launches
 constexpr int kMaxParts = 4;  // and several tiles in a part
 #endif
-constexpr int kForwardTile = 16;  // patches that a block scores at a time
+constexpr int kForwardTile = 32;  // patches that a block scores at a time
 constexpr int kBackwardTile = 32;
 
 // A clip is cut into parts, whose sums are combined in order. They depend on its length alone, and on no neighbour.

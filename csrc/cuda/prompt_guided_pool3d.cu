@@ -29,7 +29,7 @@ inline __device__ void prefetch_window(const PoolArgs& a, const Batch& batch, co
   window.patches.place(lane_id(), at);
   const int64_t offset = a.values.offset(batch.first + window.b, window.clip.first_frame + at[0], at[1], at[2]);
   const int64_t size = a.values.dtype == Dtype::float32 ? 4 : 2;
-  constexpr int kLine = 128, kBytes = kColumns * kWarp * 16;
+  constexpr int kLine = 128, kBytes = kWindowColumns * kWarp * 16;
   const char* row = static_cast<const char*>(a.values.data) + offset * size;
   for (int64_t n = int64_t{slice} * kBytes; n < (slice + 1) * kBytes && n < a.channels * size; n += kLine)
     prefetch_l2(row + n);

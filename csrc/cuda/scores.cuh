@@ -139,9 +139,9 @@ struct Part {
 template <class T, bool ALIGNED>
 __device__ Statistics
 score_part(const RelevanceCall& r, int64_t b, const Part& part, float scale, float* logits, const float* unit) {
-  constexpr int kRows = kForwardTile / kWarps;
+  constexpr int kRows = 2;
   Statistics mine{-INFINITY, 0};
-  for (int patch = part.begin + warp_id() * kRows; patch < part.end; patch += kForwardTile) {
+  for (int patch = part.begin + warp_id() * kRows; patch < part.end; patch += kWarps * kRows) {
     const T* rows[kRows];
     for (int j = 0; j < kRows; ++j) {
       const int inside = patch + j < part.end ? patch + j : part.end - 1;

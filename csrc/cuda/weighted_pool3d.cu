@@ -23,21 +23,21 @@ __device__ float dots_of_rows(const PoolArgs& a, const T* grad, const Term& term
   constexpr int N = kChunk<T>;
   const int channels = static_cast<int>(a.channels);
   float mine = 0;
-  for (int base = warp_id() * kSlice<T>; base < channels; base += kWarps * kSlice<T>) {
-    float g[kColumns][N];
+  for (int base = warp_id() * kSlice<T, kWindowColumns>; base < channels; base += kWarps * kSlice<T, kWindowColumns>) {
+    float g[kWindowColumns][N];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < kWindowColumns; ++i) {
       const int d = channel_of<T>(base, i);
       unpack<T>(g[i], load_raw<T, ALIGNED>(grad + d, channels - d));
     }
-    for (int k = 0; k < count; k += kRows) {
-      Raw raw[kRows][kColumns];
+    for (int k = 0; k < count; k += kWindowRows) {
+      Raw raw[kWindowRows][kWindowColumns];
       load_rows<T, ALIGNED>(raw, static_cast<const T*>(a.values.data), term, k, count, base, channels);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) {
+      for (int j = 0; j < kWindowRows; ++j) {
         float dot = 0;
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
+        for (int i = 0; i < kWindowColumns; ++i) {
           float x[N];
           unpack<T>(x, raw[j][i]);
 #pragma unroll
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t offset = a.grad_values.offset(clip_in_call, frame_in_axis, at[1], at[2]);
       T* out = static_cast<T*>(a.grad_values.data) + offset;
       const int channels = static_cast<int>(a.channels);
-      weigh_rows<T, decltype(aligned)::value>(
+      weigh_rows<T, decltype(aligned)::value, kPatchRows, kPatchColumns>(
           out, static_cast<const T*>(a.grad), term(lane_id()), count, 0, channels, term);
     });
   }

@@ -52,11 +52,11 @@ struct Term {
   int64_t offset;
 };
 
-constexpr int kColumns = 2;  // chunks of each lane in a row
-constexpr int kRows = 4;     // rows in flight
+// Rows, and chunks of each lane in a row, that a warp has in flight: a window has many rows, a patch has few windows.
+constexpr int kWindowRows = 4, kWindowColumns = 2, kPatchRows = 1, kPatchColumns = 4;
 
-template <class T>
-constexpr int kSlice = kColumns * kWarp * kChunk<T>;  // channels that a warp takes at a time
+template <class T, int COLUMNS>
+constexpr int kSlice = COLUMNS * kWarp * kChunk<T>;  // channels that a warp takes at a time
 
 // Channels of one lane in the slice that begins at `base`.
 template <class T>
@@ -64,15 +64,15 @@ __device__ int channel_of(int base, int column) {
   return base + (column * kWarp + lane_id()) * kChunk<T>;
 }
 
-// kRows rows from the k-th on, out of `count`, as far as they go; term: that of row lane.
-template <class T, bool ALIGNED>
+// ROWS rows from the k-th on, out of `count`, as far as they go; term: that of row lane.
+template <class T, bool ALIGNED, int ROWS, int COLUMNS>
 __device__ void load_rows(
-    Raw (&raw)[kRows][kColumns], const T* rows, const Term& term, int k, int count, int base, int channels) {
+    Raw (&raw)[ROWS][COLUMNS], const T* rows, const Term& term, int k, int count, int base, int channels) {
 #pragma unroll
-  for (int j = 0; j < kRows; ++j) {
+  for (int j = 0; j < ROWS; ++j) {
     const T* row = rows + __shfl_sync(kAll, term.offset, (k + j) % kWarp);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < COLUMNS; ++i) {
       const int d = channel_of<T>(base, i);
       raw[j][i] = load_raw<T, ALIGNED>(row + d, k + j < count ? channels - d : 0);
     }
@@ -81,25 +81,27 @@ __device__ void load_rows(
 
 // out[d] = sum_k share_k rows[offset_k + d] for the channels first <= d < last. Lane n has term(n) as `mine`; terms
 // beyond the first 32 are asked for.
-template <class T, bool ALIGNED, class Terms>
+template <class T, bool ALIGNED, int ROWS, int COLUMNS, class Terms>
 __device__ void weigh_rows(
     T* out, const T* rows, const Term& mine, int count, int first, int last, const Terms& terms) {
   constexpr int N = kChunk<T>;
-  for (int base = first; base < last; base += kSlice<T>) {
-    float sum[kColumns][N] = {};
+#pragma unroll 1
+  for (int base = first; base < last; base += kSlice<T, COLUMNS>) {
+    float sum[COLUMNS][N] = {};
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kWarp) {
       const Term term = begin == 0 ? mine : terms(begin + lane_id());
       const int here = count - begin < kWarp ? count - begin : kWarp;
-      for (int k = 0; k < here; k += kRows) {
-        Raw raw[kRows][kColumns];
+#pragma unroll 1
+      for (int k = 0; k < here; k += ROWS) {
+        Raw raw[ROWS][COLUMNS];
         load_rows<T, ALIGNED>(raw, rows, term, k, here, base, last);
 #pragma unroll
-        for (int j = 0; j < kRows; ++j) {
+        for (int j = 0; j < ROWS; ++j) {
           const float share = __shfl_sync(kAll, term.share, (k + j) % kWarp);
           if (k + j >= here) break;
 #pragma unroll
-          for (int i = 0; i < kColumns; ++i) {
+          for (int i = 0; i < COLUMNS; ++i) {
             float x[N];
             unpack<T>(x, raw[j][i]);
 #pragma unroll
@@ -109,7 +111,7 @@ __device__ void weigh_rows(
       }
     }
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    for (int i = 0; i < COLUMNS; ++i) {
       const int d = channel_of<T>(base, i);
       store_chunk<T, ALIGNED>(out + d, sum[i], last - d);
     }
@@ -172,11 +174,13 @@ __device__ void pool_window(
   const WindowSoftmax<Score> softmax(a, window, batch.first + window.b, score);
   with_rows(a.values.dtype, rows_aligned(a), [&](auto zero, auto aligned) {
     using T = decltype(zero);
-    const int channels = static_cast<int>(a.channels), first = slice * kSlice<T>;
-    const int last = first + kSlice<T> < channels ? first + kSlice<T> : channels;
+    constexpr int kSize = kSlice<T, kWindowColumns>;
+    const int channels = static_cast<int>(a.channels), first = slice * kSize;
+    const int last = first + kSize < channels ? first + kSize : channels;
     T* out = static_cast<T*>(a.pooled) + window.index * a.channels;
     const T* rows = static_cast<const T*>(a.values.data);
-    weigh_rows<T, decltype(aligned)::value>(out, rows, softmax.mine, window.patches.volume(), first, last, softmax);
+    weigh_rows<T, decltype(aligned)::value, kWindowRows, kWindowColumns>(
+        out, rows, softmax.mine, window.patches.volume(), first, last, softmax);
   });
 }
 
@@ -191,7 +195,8 @@ struct WeightScores {
 
 // Slices of channels of a row, for the dtype of `values`.
 inline int slices_of(const PoolArgs& a) {
-  return static_cast<int>(ceil_div(a.channels, a.values.dtype == Dtype::float32 ? kSlice<float> : kSlice<__half>));
+  return static_cast<int>(ceil_div(
+      a.channels, a.values.dtype == Dtype::float32 ? kSlice<float, kWindowColumns> : kSlice<__half, kWindowColumns>));
 }
 
 }  // namespace ppllava::cuda
