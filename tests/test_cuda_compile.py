@@ -32,6 +32,14 @@ def compile_only(source: Path, arch: str, folder: Path) -> str:
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH; the CUDA toolkit has it")
+def test_the_extension_has_them_without_a_gpu():
+    from ppllava_kernels import _C
+
+    assert _C.cuda_architectures.split()
+    assert not hasattr(_C, "cuda_missing")
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH; the CUDA toolkit has it")
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 def test_no_spills(arch, tmp_path):
     with ThreadPoolExecutor(2) as pool:

@@ -1,6 +1,6 @@
 // y[o] = sum_{i in o} p[o, i] v[i],  p[o, i] = softmax_{i in o}(w[i] / temperature)
 
-#include "rows.h"  // defines: Vec, weigh_rows, dot_and_square, load_row, store_row, with_type
+#include "rows.h"  // defines: Accumulator, weigh_rows, dot_rows, for_each_pass, load_row, Mean, with_type
 
 #include <algorithm>  // defines: std::max, std::min, std::upper_bound
 #include <limits>     // defines: std::numeric_limits
@@ -52,10 +52,13 @@ template <class T>
 struct Patches {
   std::vector<const T*> rows;
   std::vector<Accumulator<T>> shares;
+  int64_t runs, run;
 
   void gather(const PoolArgs& a, const Place& place, int64_t first_channel) {
     rows.clear();
     shares.clear();
+    runs = (place.end[0] - place.begin[0]) * (place.end[1] - place.begin[1]);
+    run = place.end[2] - place.begin[2];
     const T* values = static_cast<const T*>(a.values.data) + first_channel;
     const auto* weights = static_cast<const Accumulator<T>*>(a.weights.data);
     for_each_patch(place, [&](int64_t t, int64_t h, int64_t w) {
@@ -85,8 +88,8 @@ void forward(const PoolArgs& a) {
       const int64_t window = index / parts, first = index % parts * width;
       const int64_t channels = std::min(width, a.channels - first);
       patches.gather(a, place_of(a, window), first);
-      weigh_rows(sum.data(), patches.rows.data(), patches.shares.data(), patches.rows.size(), channels);
-      store_row(static_cast<T*>(a.pooled) + window * a.channels + first, sum.data(), channels);
+      T* out = static_cast<T*>(a.pooled) + window * a.channels + first;
+      weigh_rows(out, sum.data(), patches.rows.data(), patches.shares.data(), patches.runs, patches.run, channels);
     }
   });
 }
@@ -108,7 +111,11 @@ void backward_windows(const PoolArgs& a) {
       dots.assign(count, 0);
       if (a.grad_scores) {
         load_row(grad.data(), static_cast<const T*>(a.grad) + window * a.channels, a.channels);
-        for (int64_t i = 0; i < count; ++i) dots[i] = dot_and_square(patches.rows[i], grad.data(), a.channels).first;
+        for_each_pass(patches.runs, patches.run, [&](int64_t i, int64_t some) {
+          Acc pass[kStreams];
+          dot_rows<false, T>(pass, nullptr, patches.rows.data() + i, some, patches.run, grad.data(), a.channels);
+          for (int64_t n = 0; n < some; ++n) dots[i + n * patches.run] = pass[n];
+        });
         mean = Mean<Acc>(patches.shares.data(), dots.data(), count);
       }
       int64_t i = 0;
@@ -162,9 +169,8 @@ void backward_patches(const PoolArgs& a) {
         static_cast<Acc*>(a.grad_weights.data)[a.grad_weights.offset(batch, frame, at[1], at[2])] = grad_weight;
       }
       if (a.grad_values.data) {
-        weigh_rows(sum.data(), rows.data(), shares.data(), rows.size(), a.channels);
         T* out = static_cast<T*>(a.grad_values.data) + a.grad_values.offset(batch, frame, at[1], at[2]);
-        store_row(out, sum.data(), a.channels);
+        weigh_rows(out, sum.data(), rows.data(), shares.data(), rows.size(), 1, a.channels);
       }
     }
   });

@@ -59,6 +59,7 @@ uint64_t meet(Kind kind, Site site, unsigned mask = 0, uint64_t value = 0, int s
 int lane();
 void acquire_release(const void* address);  // an atomic was here
 const char* run(const Launch& where, const void* kernel, const std::function<void()>& thread);
+constexpr size_t kMaxShared = 227 << 10;  // of an H200
 int resident_blocks();
 
 template <class T>
@@ -86,8 +87,8 @@ const char* launch(void (*kernel)(Parameters...), const Launch& where, Arguments
 
 // Few, so that blocks loop and barriers span several; CUDA_ON_HOST_BLOCKS changes it.
 template <class Kernel>
-int resident_blocks(Kernel, int, size_t, int) {
-  return host::resident_blocks();
+int resident_blocks(Kernel, int, size_t shared, int) {
+  return shared > host::kMaxShared ? 0 : host::resident_blocks();
 }
 
 }  // namespace ppllava::cuda

@@ -20,7 +20,6 @@ namespace ppllava::cuda::host {
 namespace {
 
 constexpr int kLanes = 32, kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // of an H200
 
 enum class State { ready, waits, exited };
 
