@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ DENSE, RAGGED = "B, T, H, W", "F, H, W"
 
 def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
     """dtype and device of every tensor, then `cu_frames`; the values of `cu_frames` are checked where it is read."""
+    head = None
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
@@ -26,13 +25,13 @@ def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
             )
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
-    first, head = next(iter(given.items()))
-    for name, x in given.items():
-        if x.device != head.device:
+        if head is None:
+            first, head = name, x
+        elif x.device != head.device:
             raise ValueError(
                 f"{name} must be on the device of {first}, {head.device}, got {x.device}; use {name}.to({first}.device)"
             )
-        if (x.dtype == torch.float64) != (head.dtype == torch.float64):
+        elif x.dtype != head.dtype and torch.float64 in (x.dtype, head.dtype):
             raise TypeError(
                 f"{name} must be float64 exactly where {first} is, got {x.dtype} beside {head.dtype}; "
                 "use float64 for all tensors or for none"
@@ -56,17 +55,13 @@ def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
 
 def check_channels_last(name: str, x: Tensor, cu_frames: Tensor | None, channel: str) -> None:
     """[B, T, H, W, D], or [F, H, W, D] with `cu_frames`; nothing empty; the channel axis contiguous."""
-    lead = DENSE if cu_frames is None else RAGGED
-    if x.dim() != lead.count(",") + 2:
+    if x.dim() != (5 if cu_frames is None else 4):
+        lead = DENSE if cu_frames is None else RAGGED
         hint = "pack the frames of all videos" if cu_frames is not None else "add a batch axis, or pass cu_frames"
         raise ValueError(f"{name} must be [{lead}, {channel}], got shape {list(x.shape)}; {hint}")
-    check_nonempty(name, x)
-    check_contiguous_channels(name, x)
-
-
-def check_nonempty(name: str, x: Tensor) -> None:
-    if any(n == 0 for n in x.shape):
+    if 0 in x.shape:
         raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}; skip the call for an empty batch")
+    check_contiguous_channels(name, x)
 
 
 def check_contiguous_channels(name: str, x: Tensor) -> None:
@@ -77,9 +72,9 @@ def check_contiguous_channels(name: str, x: Tensor) -> None:
         )
 
 
-def check_grid(name: str, grid: Sequence[int], values: Tensor, cu_frames: Tensor | None, channel: str = "") -> None:
+def check_grid(name: str, grid: torch.Size, values: Tensor, cu_frames: Tensor | None, channel: str = "") -> None:
     """`grid`, the shape of `name` without its channel axis, is that of `values`."""
-    if list(grid) != list(values.shape[:-1]):
+    if grid != values.shape[:-1]:
         lead = DENSE if cu_frames is None else RAGGED
         raise ValueError(
             f"{name} must be [{lead}{channel}] with [{lead}] = {list(values.shape[:-1])} to match values, "
@@ -89,19 +84,20 @@ def check_grid(name: str, grid: Sequence[int], values: Tensor, cu_frames: Tensor
 
 def check_embeds(image_embeds: Tensor, text_embeds: Tensor, cu_frames: Tensor | None) -> None:
     check_channels_last("image_embeds", image_embeds, cu_frames, "C")
-    batch = image_embeds.shape[0] if cu_frames is None else cu_frames.shape[0] - 1
-    if text_embeds.dim() != 2:
+    image, text = image_embeds.shape, text_embeds.shape
+    batch = image[0] if cu_frames is None else cu_frames.shape[0] - 1
+    if len(text) != 2:
         raise ValueError(
-            f"text_embeds must be [B, C], got shape {list(text_embeds.shape)}; pass one pooled text embedding per video"
+            f"text_embeds must be [B, C], got shape {list(text)}; pass one pooled text embedding per video"
         )
-    if text_embeds.shape[1] != image_embeds.shape[-1]:
+    if text[1] != image[-1]:
         raise ValueError(
-            f"text_embeds must have the {image_embeds.shape[-1]} channels of image_embeds, got {text_embeds.shape[1]}; "
+            f"text_embeds must have the {image[-1]} channels of image_embeds, got {text[1]}; "
             "use image and text embeddings of one CLIP model"
         )
-    if text_embeds.shape[0] != batch:
+    if text[0] != batch:
         hint = "use text_embeds.expand(B, -1) to share one prompt" if cu_frames is None else "one row for each video"
-        raise ValueError(f"text_embeds must be [B, C] with B = {batch} videos, got B = {text_embeds.shape[0]}; {hint}")
+        raise ValueError(f"text_embeds must be [B, C] with B = {batch} videos, got B = {text[0]}; {hint}")
     check_contiguous_channels("text_embeds", text_embeds)
 
 
@@ -112,7 +108,7 @@ def check_window(values: Tensor, window: Window, cu_frames: Tensor | None) -> No
 
 
 def check_temperature(temperature: float) -> float:
-    if isinstance(temperature, (bool, Tensor)) or not isinstance(temperature, (int, float)):
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
         raise TypeError(f"temperature must be a float, got {type(temperature).__name__}; pass a number such as 0.01")
     if not SMALLEST <= temperature <= LARGEST:
         raise ValueError(
@@ -123,18 +119,19 @@ def check_temperature(temperature: float) -> float:
 
 def check_logit_scale(logit_scale: float | Tensor) -> None:
     """A finite number, or a tensor of one floating point element."""
-    if isinstance(logit_scale, Tensor):
+    if isinstance(logit_scale, (int, float)) and not isinstance(logit_scale, bool):
+        if not abs(logit_scale) <= LARGEST:
+            raise ValueError(f"logit_scale must be finite, got {logit_scale}; pass exp(logit_scale)")
+    elif isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1 or logit_scale.dtype not in DTYPES:
             raise ValueError(
                 f"logit_scale must be one floating point number, got {logit_scale.dtype} of shape "
                 f"{list(logit_scale.shape)}; pass exp(logit_scale) of the CLIP model"
             )
-    elif isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
+    else:
         raise TypeError(
             f"logit_scale must be a float or a tensor, got {type(logit_scale).__name__}; pass exp(logit_scale)"
         )
-    elif not abs(logit_scale) <= LARGEST:
-        raise ValueError(f"logit_scale must be finite, got {logit_scale}; pass exp(logit_scale)")
 
 
 def split_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
@@ -151,12 +148,14 @@ def split_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tupl
     return 1.0, logit_scale.reshape(()).to(dtype)
 
 
-def check_backend(backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend to run: the first compatible one for None, else `backend` itself, or why it cannot run."""
-    given = [x for x in tensors if x is not None]
+def check_backend(backend: str | None, x: Tensor) -> str:
+    """The backend to run: the first compatible one for None, else `backend` itself, or why it cannot run.
+
+    `x` stands for all tensors of the call: `check_tensors` found them on one device, float64 all or none.
+    """
     if backend is None:
-        return backends.best_backend(*given)
-    reason = backends.why_not(backend, *given)
+        return backends.best_backend(x)
+    reason = backends.why_not(backend, x)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run: {reason}")
     return backend

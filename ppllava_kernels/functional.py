@@ -57,7 +57,7 @@ def prompt_relevance(
     check_tensors(cu_frames, image_embeds=image_embeds, text_embeds=text_embeds)
     check_embeds(image_embeds, text_embeds, cu_frames)
     scale, scale_tensor = split_logit_scale(logit_scale, image_embeds)
-    backend = check_backend(backend, image_embeds, text_embeds)
+    backend = check_backend(backend, image_embeds)
     if backend == "reference":
         scale = scale if scale_tensor is None else scale_tensor
         return reference.prompt_relevance(image_embeds, text_embeds, scale, cu_frames)
@@ -110,7 +110,7 @@ def weighted_pool3d(
         check_grid("weights", weights.shape, values, cu_frames)
     check_window(values, window, cu_frames)
     temperature = check_temperature(temperature)
-    backend = check_backend(backend, values, weights)
+    backend = check_backend(backend, values)
     if backend == "reference":
         return reference.weighted_pool3d(values, weights, window, temperature, cu_frames)
     return library.ops.weighted_pool3d(values, weights, *window, temperature, cu_frames, backend)
@@ -158,7 +158,7 @@ def prompt_guided_pool3d(
     check_window(values, window, cu_frames)
     temperature = check_temperature(temperature)
     scale, scale_tensor = split_logit_scale(logit_scale, image_embeds)
-    backend = check_backend(backend, values, image_embeds, text_embeds)
+    backend = check_backend(backend, values)
     if backend == "reference":
         scale = scale if scale_tensor is None else scale_tensor
         pooled, relevance = reference.prompt_guided_pool3d(

@@ -17,6 +17,11 @@ NAMESPACE = __package__.replace(".", "_")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 ops = getattr(torch.ops, NAMESPACE)
 
+# The dispatch keys left below autograd where tensors are plain: none fake, functional or transformed, no mode active.
+_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
+_PLAIN = frozenset(keys.raw_repr() for keys in (_CPU, _CUDA, _CPU | _CUDA))
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset.raw_repr()
+
 _EMBEDS = "Tensor image_embeds, Tensor text_embeds, Tensor? scale_tensor, float scale"
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] output_size, float temperature"
 _WHERE = "Tensor? cu_frames, str backend"
@@ -37,6 +42,41 @@ def _fake(function):
     """Register the decorated function as the fake of the op that it is named after."""
     name = function.__name__.removesuffix("_fake")
     return torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+
+
+def _register_autograd(function, save, backward):
+    """Register the gradient of the op that `function` implements.
+
+    As torch.library.register_autograd, whose kernel dispatches each call a second time, below autograd. Where that
+    could only find `function`, it is called at once: 7 us less of 13 for a call of a kernel that does nothing.
+    """
+    name = function.__name__
+    op = getattr(ops, name).default
+
+    def run(keys, arguments):
+        if keys.raw_repr() & _BELOW_AUTOGRAD in _PLAIN:
+            return function(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    def run_and_save(ctx, *arguments):
+        *arguments, keys = arguments
+        output = run(keys, arguments)
+        save(ctx, arguments, output)
+        return output
+
+    def run_backward(ctx, *grads):
+        return *backward(ctx, *grads), None  # for the keys
+
+    methods = dict(forward=staticmethod(run_and_save), backward=staticmethod(run_backward))
+    gradient = type(name, (torch.autograd.Function,), methods)
+
+    def autograd(keys, *arguments):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return gradient.apply(*arguments, keys)
+        return run(keys, arguments)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -194,11 +234,8 @@ def _save_backend(ctx, inputs, output):
     ctx.backend = next(x for x in inputs if isinstance(x, str))
 
 
-for _name, _backward, _save in (
-    ("prompt_relevance", _relevance_backward, _save_relevance),
-    ("weighted_pool3d", _pool_backward, _save_pool),
-    ("prompt_guided_pool3d", _guided_backward, _save_guided),
-    ("prompt_relevance_backward", _no_double_backward, _save_backend),
-    ("weighted_pool3d_backward", _no_double_backward, _save_backend),
-):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_save, lib=_library)
+_register_autograd(prompt_relevance, _save_relevance, _relevance_backward)
+_register_autograd(weighted_pool3d, _save_pool, _pool_backward)
+_register_autograd(prompt_guided_pool3d, _save_guided, _guided_backward)
+_register_autograd(prompt_relevance_backward, _save_backend, _no_double_backward)
+_register_autograd(weighted_pool3d_backward, _save_backend, _no_double_backward)

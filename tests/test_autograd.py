@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import CASES, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppllava_kernels import prompt_guided_pool3d, weighted_pool3d
 
@@ -26,6 +27,25 @@ def test_double_backward(op, place):
     message = f"backend='{backend}' has no double backward; use backend='reference', which is plain PyTorch, for it"
     with pytest.raises(RuntimeError, match=message):
         penalty(backend)
+
+
+def test_modes_see_the_ops():
+    """Profilers, tracers and fake tensors sit below autograd: a call must reach them, in both directions."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            seen.append(str(function))
+            return function(*arguments, **(kwargs or {}))
+
+    seen = []
+    inputs = {k: v.requires_grad_() for k, v in make_inputs(CASE).items() if k != "weights"}
+    with Record():
+        prompt_guided_pool3d(**inputs, backend="cpp", **CASE.window).sum().backward()
+    assert [name for name in seen if "ppllava_kernels" in name] == [
+        "ppllava_kernels.prompt_guided_pool3d.default",
+        "ppllava_kernels.weighted_pool3d_backward.default",
+        "ppllava_kernels.prompt_relevance_backward.default",
+    ]
 
 
 def test_only_the_relevance_is_used(place):

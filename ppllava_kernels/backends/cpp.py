@@ -32,27 +32,27 @@ def why_not(*tensors: Tensor) -> str | None:
 
 
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
-    relevance = torch.empty(image_embeds.shape[:-1], dtype=_accumulator(image_embeds))  # [B, T, H, W]
+    relevance = image_embeds.new_empty(*image_embeds.shape[:-1], dtype=_accumulator(image_embeds))  # [B, T, H, W]
     counts = clip_counts(image_embeds, cu_frames)
     _C.prompt_relevance(relevance, image_embeds, *_text(text_embeds, relevance, scale_tensor, scale), counts)
     return relevance
 
 
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames):
-    grad_image = torch.empty(image_embeds.shape, dtype=image_embeds.dtype)  # [B, T, H, W, C]
-    grad_text = torch.empty(text_embeds.shape, dtype=relevance.dtype)  # [B, C]
-    grad_scale = torch.empty((), dtype=relevance.dtype)
+    grad_image = image_embeds.new_empty(*image_embeds.shape)  # [B, T, H, W, C]
+    grad_text = relevance.new_empty(*text_embeds.shape)  # [B, C]
+    grad_scale = relevance.new_empty(())
     text, scale = _text(text_embeds, relevance, scale_tensor, scale)
     counts = clip_counts(image_embeds, cu_frames)
     grads = grad_image, grad_text, grad_scale
     _C.prompt_relevance_backward(*grads, grad.contiguous(), relevance, image_embeds, text, scale, counts)
-    return grad_image, grad_text.to(text_embeds.dtype), grad_scale
+    return grad_image, _cast(grad_text, text_embeds.dtype), grad_scale
 
 
 def weighted_pool3d(values, weights, window, temperature, cu_frames):
     plan = make_plan(values, window, cu_frames)
-    pooled = torch.empty(plan.pooled_shape, dtype=values.dtype)
-    weights = None if weights is None else weights.to(_accumulator(values))
+    pooled = values.new_empty(*plan.pooled_shape)
+    weights = None if weights is None else _cast(weights, _accumulator(values))
     _C.weighted_pool3d(pooled, values, weights, temperature, *plan.arguments)
     return pooled
 
@@ -62,14 +62,14 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
     accumulator = _accumulator(values)
     shares = torch.empty((plan.slots,), dtype=accumulator)
     grad_scores = torch.empty_like(shares) if need_weights else None
-    grad_values = torch.empty(values.shape, dtype=values.dtype) if need_values else None
-    grad_weights = torch.empty(weights.shape, dtype=accumulator) if need_weights else None
-    weights_in = None if weights is None else weights.to(accumulator)
+    grad_values = values.new_empty(*values.shape) if need_values else None
+    grad_weights = weights.new_empty(*weights.shape, dtype=accumulator) if need_weights else None
+    weights_in = None if weights is None else _cast(weights, accumulator)
     grads = grad_values, grad_weights, shares, grad_scores
     _C.weighted_pool3d_backward(*grads, grad.contiguous(), values, weights_in, temperature, *plan.arguments)
     return (
         values.new_empty(0) if grad_values is None else grad_values,
-        values.new_empty(0) if grad_weights is None else grad_weights.to(weights.dtype),
+        values.new_empty(0) if grad_weights is None else _cast(grad_weights, weights.dtype),
     )
 
 
@@ -79,8 +79,14 @@ def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale,
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes a microsecond even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _text(text_embeds: Tensor, relevance: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
-    return text_embeds.to(relevance.dtype).contiguous(), scale if scale_tensor is None else scale * scale_tensor.item()
+    text = _cast(text_embeds, relevance.dtype).contiguous()
+    return text, scale if scale_tensor is None else scale * scale_tensor.item()

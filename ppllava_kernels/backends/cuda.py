@@ -14,6 +14,7 @@ from .plan import clip_counts, make_plan
 # Space-separated: "90" for sm_90, "120+PTX" for code that any later GPU compiles when it loads it.
 _architectures = getattr(_C, "cuda_architectures", "").split()
 _without = getattr(_C, "cuda_missing", "")
+_HERE = contextlib.nullcontext()
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -58,13 +59,9 @@ def runs_on(architectures: list[str], major: int, minor: int) -> bool:
     return False
 
 
-@contextlib.contextmanager
 def _device(x: Tensor):
-    if x.device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(x.device):
-            yield
+    """The context that kernels on x are launched in: its GPU is the current one."""
+    return _HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def _stream(x: Tensor) -> int:
@@ -73,7 +70,7 @@ def _stream(x: Tensor) -> int:
 
 
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
-    relevance = image_embeds.new_empty(image_embeds.shape[:-1], dtype=torch.float32)  # [B, T, H, W]
+    relevance = image_embeds.new_empty(*image_embeds.shape[:-1], dtype=torch.float32)  # [B, T, H, W]
     counts = clip_counts(image_embeds, cu_frames)
     arguments = image_embeds, text_embeds, scale_tensor, scale, counts
     with _device(image_embeds):
@@ -82,8 +79,8 @@ def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
 
 
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames):
-    grad_image = image_embeds.new_empty(image_embeds.shape)  # [B, T, H, W, C]
-    grad_text = text_embeds.new_empty(text_embeds.shape)  # [B, C]
+    grad_image = image_embeds.new_empty(*image_embeds.shape)  # [B, T, H, W, C]
+    grad_text = text_embeds.new_empty(*text_embeds.shape)  # [B, C]
     grad_scale = relevance.new_empty(())
     arguments = image_embeds, text_embeds, scale_tensor, scale, clip_counts(image_embeds, cu_frames)
     with _device(image_embeds):
@@ -95,7 +92,7 @@ def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_
 
 def weighted_pool3d(values, weights, window, temperature, cu_frames):
     plan = make_plan(values, window, cu_frames)
-    pooled = values.new_empty(plan.pooled_shape)
+    pooled = values.new_empty(*plan.pooled_shape)
     with _device(values):
         _C.cuda_weighted_pool3d(pooled, values, weights, temperature, *plan.arguments, _stream(values))
     return pooled
@@ -105,19 +102,21 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
     plan = make_plan(values, window, cu_frames)
     shares = torch.empty((plan.slots,), dtype=torch.float32, device=values.device)
     grad_scores = torch.empty_like(shares) if need_weights else None
-    grad_values = values.new_empty(values.shape) if need_values else None
-    grad_weights = weights.new_empty(weights.shape) if need_weights else None
+    grad_values = values.new_empty(*values.shape) if need_values else None
+    grad_weights = weights.new_empty(*weights.shape) if need_weights else None
     grads = grad_values, grad_weights, shares, grad_scores, grad.contiguous()
     with _device(values):
         _C.cuda_weighted_pool3d_backward(*grads, values, weights, temperature, *plan.arguments, _stream(values))
-    empty = values.new_empty(0)
-    return empty if grad_values is None else grad_values, empty if grad_weights is None else grad_weights
+    return (
+        values.new_empty(0) if grad_values is None else grad_values,
+        values.new_empty(0) if grad_weights is None else grad_weights,
+    )
 
 
 def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames):
     plan = make_plan(values, window, cu_frames)
-    pooled = values.new_empty(plan.pooled_shape)
-    relevance = values.new_empty(values.shape[:-1], dtype=torch.float32)
+    pooled = values.new_empty(*plan.pooled_shape)
+    relevance = values.new_empty(*values.shape[:-1], dtype=torch.float32)
     embeds = image_embeds, text_embeds, scale_tensor, scale, temperature
     with _device(values):
         _C.cuda_prompt_guided_pool3d(pooled, relevance, values, *embeds, *plan.arguments, _stream(values))
