@@ -43,13 +43,25 @@ def find_nvcc() -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def cuda_archs(nvcc: Path) -> list[str]:
-    asked = re.split(r"[;,\s]+", os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip())
-    if asked != [""]:
-        return asked
+def asked_archs() -> list[str]:
+    """PPLLAVA_CUDA_ARCHS as a list: empty for the default, ["none"] for no CUDA."""
+    words = os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower()
+    archs = [word.replace(".", "") for word in re.split(r"[;,\s]+", words) if word]
+    for arch in archs:
+        if archs != ["none"] and not re.fullmatch(r"\d{2,3}a?(\+ptx)?", arch):
+            sys.exit(f'PPLLAVA_CUDA_ARCHS must be "none" or such as "80;90+PTX", got {words!r}; unset it for all GPUs')
+    return [arch.replace("ptx", "PTX") for arch in archs]
+
+
+def default_archs(nvcc: Path) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
     return [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def nvcc_release(nvcc: Path) -> str:
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", report)[1]
 
 
 def gencode(arch: str) -> list[str]:
@@ -61,14 +73,19 @@ def gencode(arch: str) -> list[str]:
 def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | None]:
     """Start to compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be."""
     nvcc = find_nvcc()
-    if os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower() == "none":
+    if ASKED == ["none"]:
         return [], "PPLLAVA_CUDA_ARCHS=none when it was installed"
     if nvcc is None:
         return [], "there was no nvcc when it was installed"
-    libraries = [path.parent for path in nvcc.resolve().parent.parent.glob("**/libcudart_static.a")]
+    home = nvcc.resolve().parent.parent
+    folders = [home / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    libraries = [path for path in folders if (path / "libcudart_static.a").exists()]
     if not libraries:
         return [], "nvcc came without libcudart_static.a when it was installed"
-    archs = cuda_archs(nvcc)
+    try:
+        archs, release = ASKED or default_archs(nvcc), nvcc_release(nvcc)
+    except (OSError, subprocess.CalledProcessError, IndexError, TypeError):
+        return [], "nvcc did not say what it is when it was installed"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     flags += [flag for arch in archs for flag in gencode(arch)]
@@ -80,8 +97,13 @@ def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | N
     extension.library_dirs.append(str(libraries[0]))
     # The runtime is linked in, so that nothing of CUDA is needed to import this on a machine without it.
     extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-    extension.define_macros += [("PPLLAVA_WITH_CUDA", None), ("PPLLAVA_CUDA_ARCHS", f'"{" ".join(archs)}"')]
+    macros = {"ARCHS": " ".join(archs), "VERSION": release}
+    extension.define_macros += [("PPLLAVA_WITH_CUDA", None)]
+    extension.define_macros += [(f"PPLLAVA_CUDA_{name}", f'"{value}"') for name, value in macros.items()]
     return processes, None
+
+
+ASKED = asked_archs()
 
 
 class BuildKernels(BuildExtension):
@@ -98,7 +120,7 @@ class BuildKernels(BuildExtension):
             )
             sys.stderr.write(f"warning: ppllava_kernels._C is left out: {reason}\n")
             NOTE.write_text(reason + "\n")
-            if not self.editable_mode:
+            if not (self.editable_mode or self.inplace):
                 self.copy_file(str(NOTE), str(Path(self.build_lib) / NOTE))
 
     def build_extension(self, extension):
@@ -137,7 +159,7 @@ setup(
             ["csrc/bindings.cpp"],
             extra_compile_args=FLAGS + (["-DPPLLAVA_X86"] if X86 else []),
             extra_link_args=LINK,
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            depends=[str(path) for path in Path("csrc").rglob("*.*")],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

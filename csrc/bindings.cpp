@@ -48,7 +48,8 @@ struct Tensors {
     check(*x);
     TORCH_CHECK(x->dim() >= axes, "expected a tensor of at least ", axes, " axes, got ", x->dim());
     Grid grid{x->data_ptr(), dtype_of(*x), {}};
-    for (int n = 0; n < axes; ++n) grid.stride[4 - axes + n] = x->stride(n);
+    // The stride of an axis of one says nothing, and may be any.
+    for (int n = 0; n < axes; ++n) grid.stride[4 - axes + n] = x->size(n) == 1 ? 0 : x->stride(n);
     return grid;
   }
 
@@ -86,10 +87,12 @@ const Tensors kCpu{at::kCPU};
 
 // What all calls of the relevance give its kernels.
 void fill(
-    RelevanceArgs& args, std::vector<Clip>& clips, const Tensors& on, const at::Tensor& image_embeds, double scale,
-    const Sizes& counts) {
+    RelevanceArgs& args, std::vector<Clip>& clips, const Tensors& on, const at::Tensor& image_embeds,
+    const at::Tensor& text_embeds, double scale, const Sizes& counts) {
   const bool ragged = image_embeds.dim() == 4;
   clips = clips_of(counts, ragged);
+  const int64_t batch = clips.size(), channels = image_embeds.size(-1);
+  TORCH_CHECK(text_embeds.sizes() == at::IntArrayRef({batch, channels}), "expected text_embeds of the videos' shape");
   args.image_embeds = on.grid(image_embeds, ragged ? 3 : 4);
   args.clips = clips.data();
   args.ragged = ragged;
@@ -113,6 +116,7 @@ struct Pool {
       : axes(values.dim() - 1) {
     clips = clips_of(counts, axes == 3);
     args = {};
+    TORCH_CHECK(!weights || weights->sizes() == values.sizes().slice(0, axes), "expected weights of the values' shape");
     args.values = on.grid(values, axes);
     args.weights = on.grid(weights, axes);
     args.ragged = axes == 3;
@@ -147,7 +151,7 @@ void prompt_relevance(
     const Sizes& counts) {
   RelevanceArgs args{};
   std::vector<Clip> clips;
-  fill(args, clips, kCpu, image_embeds, scale, counts);
+  fill(args, clips, kCpu, image_embeds, text_embeds, scale, counts);
   args.text_embeds = kCpu.data(text_embeds);
   args.relevance = kCpu.data(relevance);
   py::gil_scoped_release unlocked;
@@ -160,7 +164,7 @@ void prompt_relevance_backward(
     const Sizes& counts) {
   RelevanceArgs args{};
   std::vector<Clip> clips;
-  fill(args, clips, kCpu, image_embeds, scale, counts);
+  fill(args, clips, kCpu, image_embeds, text_embeds, scale, counts);
   args.text_embeds = kCpu.data(text_embeds);
   args.relevance = kCpu.data(relevance);
   args.grad = kCpu.data(grad);
@@ -218,6 +222,7 @@ struct Place : Tensors {
   Place(const at::Tensor& x, intptr_t handle)
       : Tensors{x.device()}, stream{x.device().index(), reinterpret_cast<void*>(handle)} {
     TORCH_CHECK(x.device().type() == kDevice, "expected a tensor on ", kDevice, ", got one on ", x.device());
+    TORCH_CHECK(x.scalar_type() != at::kDouble, "expected a tensor of at most 32 bits, got float64");
   }
 };
 
@@ -232,10 +237,11 @@ cuda::RelevanceCall call_of(
     std::vector<Clip>& clips, const Tensors& on, const at::Tensor& relevance, const at::Tensor& image_embeds,
     const at::Tensor& text_embeds, const OptionalTensor& scale_tensor, double scale, const Sizes& counts) {
   cuda::RelevanceCall call{};
-  fill(call, clips, on, image_embeds, scale, counts);
+  fill(call, clips, on, image_embeds, text_embeds, scale, counts);
   call.relevance = on.data(relevance);
   call.text = on.grid(text_embeds, 1);
   std::swap(call.text.stride[0], call.text.stride[3]);
+  TORCH_CHECK(!scale_tensor || scale_tensor->scalar_type() == at::kFloat, "expected a float32 scale_tensor");
   call.scale_tensor = static_cast<const float*>(on.data(scale_tensor));
   return call;
 }
@@ -315,6 +321,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("weighted_pool3d_backward", &ppllava::weighted_pool3d_backward);
 #ifdef PPLLAVA_WITH_CUDA
   m.attr("cuda_architectures") = PPLLAVA_CUDA_ARCHS;
+  m.attr("cuda_version") = PPLLAVA_CUDA_VERSION;
   m.def("cuda_prompt_relevance", &ppllava::gpu::prompt_relevance);
   m.def("cuda_prompt_relevance_backward", &ppllava::gpu::prompt_relevance_backward);
   m.def("cuda_weighted_pool3d", &ppllava::gpu::weighted_pool3d);

@@ -1,6 +1,7 @@
 """Which backend can run, and the one sentence that says why another cannot, before anything is launched."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,10 +67,13 @@ class CudaTensor:
 
 @pytest.fixture
 def other_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    cuda._why_not_device.cache_clear()
-    yield
-    cuda._why_not_device.cache_clear()
+    """A GPU of compute capability 7.5 with a driver for CUDA 12.6, and kernels compiled with that."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12060, raising=False)
+    monkeypatch.setattr(cuda, "missing", None)
+    monkeypatch.setattr(cuda, "_version", "12.8")
+    monkeypatch.setattr(cuda, "_architectures", ["75"])
+    monkeypatch.setattr(cuda, "_reasons", {})
 
 
 def test_cuda_without_a_gpu(monkeypatch):
@@ -94,16 +98,29 @@ def test_cuda_that_was_not_built(monkeypatch):
 
 
 def test_a_gpu_that_the_build_lacks(monkeypatch, other_gpu):
-    monkeypatch.setattr(cuda, "missing", None)
+    assert cuda.why_not(CudaTensor) is None
     monkeypatch.setattr(cuda, "_architectures", ["80", "120+PTX"])
+    monkeypatch.setattr(cuda, "_reasons", {})
     expected = (
         "its kernels are compiled for 80, 120+PTX and cuda:3 is 75; reinstall with PPLLAVA_CUDA_ARCHS=75, "
         "or use backend='triton'"
     )
     assert cuda.why_not(CudaTensor) == expected
-    cuda._why_not_device.cache_clear()
-    monkeypatch.setattr(cuda, "_architectures", ["75"])
-    assert cuda.why_not(CudaTensor) is None
+
+
+def test_a_driver_that_is_too_old(monkeypatch, other_gpu):
+    monkeypatch.setattr(cuda, "_version", "13.0")
+    expected = (
+        "its kernels are compiled with CUDA 13.0 and this driver is for CUDA 12.6; update the driver, "
+        "or use backend='triton'"
+    )
+    assert cuda.why_not(CudaTensor) == expected
+
+
+def test_a_gpu_of_another_make(monkeypatch, other_gpu):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    expected = "cuda runs on NVIDIA GPUs and this PyTorch is for AMD's; use backend='triton'"
+    assert cuda.why_not(CudaTensor) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,6 +133,7 @@ def test_a_gpu_that_the_build_lacks(monkeypatch, other_gpu):
         ("80+PTX", (9, 0), True),  # compiled when it is loaded
         ("120+PTX", (10, 0), False),
         ("90a", (9, 0), True),
+        ("90a+PTX", (10, 0), False),
         ("100a", (10, 3), False),  # of that one GPU only
         ("80 86 89 90 100 120+PTX", (10, 3), True),
         ("80 86 89 90 100 120+PTX", (12, 1), True),

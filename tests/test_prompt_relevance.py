@@ -73,6 +73,16 @@ class TestMeaning:
         assert torch.equal(relevance[first:], clean[first:])
 
 
+def test_one_channel_has_no_direction(place):
+    """The cosine is 1 or -1 whatever the prompt's length: its gradient is nothing but what cancels."""
+    backend, device = place
+    image = torch.randn(1, 2, 5, 5, 1, device=device)
+    text = torch.full((1, 1), 0.01, device=device, requires_grad=True)
+    relevance = prompt_relevance(image, text, backend=backend)
+    (1000 * relevance.square()).sum().backward()
+    assert text.grad.abs().max() < 1e-5
+
+
 def test_gradcheck():
     image = torch.randn(2, 1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     text = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)

@@ -1,8 +1,6 @@
 // The clips of a launch, small enough to travel as a kernel parameter: no upload, and safe to capture in a CUDA graph.
 #pragma once
 
-#include <climits>  // defines: INT_MAX
-
 #include "common.cuh"  // defines: ceil_div
 
 namespace ppllava::cuda {
@@ -78,7 +76,9 @@ int64_t count_parts(const Args& a, int tile) {
   return parts;
 }
 
-constexpr const char* kTooMany = "more than 2**31 patches, windows or parts of them in one call; split the batch";
+// Counts are 32 bits wide in the kernels; offsets are 64.
+constexpr int64_t kMost = 1 << 30;
+constexpr const char* kTooMany = "more than 2**30 frames, patches of a clip, windows or channels in one call; split it";
 
 // Call function(batch, parts, outputs) for each launch that the clips of `a` need, until one fails.
 template <class Args, class Function>
@@ -94,7 +94,10 @@ const char* for_each_batch(const Args& a, int tile, const Function& function) {
     for (int64_t b = first; b <= end; ++b) {
       const Clip clip = b < a.batch ? a.clips[b] : Clip{};
       const int64_t patches = patches_of(a, clip);
-      if (patches >= INT_MAX || parts >= INT_MAX || outputs >= INT_MAX) return kTooMany;
+      const int64_t frames = clip.first_frame + clip.frames;
+      const int64_t counts[] = {patches, parts, outputs, frames, a.channels};
+      for (const int64_t count : counts)
+        if (count > kMost) return kTooMany;
       if (b - first < (a.ragged ? kMaxClips + 1 : 2)) {
         batch.clip[b - first] = {
             static_cast<int>(clip.first_frame),

@@ -66,14 +66,19 @@ const char* launch(void (*kernel)(Parameters...), const Launch& where, Arguments
   return message(error);
 }
 
-// Blocks that the device holds at once; 0 where it cannot run the kernel.
+// Blocks that the device holds at once; 0 where one asks for more shared memory than it can have.
 template <class Kernel>
-int resident_blocks(Kernel kernel, int threads, size_t shared, int device) {
-  int each = 0, processors = 0;
-  if (cudaSetDevice(device) != cudaSuccess || allow_shared(kernel, shared) != cudaSuccess) return 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return each * processors;
+const char* resident_blocks(int& blocks, Kernel kernel, int threads, size_t shared, int device) {
+  int each = 0, processors = 0, most_shared = 0;
+  blocks = 0;
+  if (const char* error = message(cudaSetDevice(device))) return error;
+  cudaError_t error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess && shared > static_cast<size_t>(most_shared)) return nullptr;
+  if (error == cudaSuccess) error = allow_shared(kernel, shared);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  blocks = each * processors;
+  return message(error);
 }
 
 #endif

@@ -2,7 +2,6 @@
 // the scores, which nothing but the second-level cache has seen in between.
 
 #include <algorithm>  // defines: std::max, std::min
-#include <climits>    // defines: INT_MAX
 
 #include "scores.cuh"   // defines: score_parts, clip_statistics, normalise_parts
 #include "windows.cuh"  // defines: PooledWindow, pool_window
@@ -34,6 +33,8 @@ inline __device__ void prefetch_window(const PoolArgs& a, const Batch& batch, co
   for (int64_t n = int64_t{slice} * kBytes; n < (slice + 1) * kBytes && n < a.channels * size; n += kLine)
     prefetch_l2(row + n);
 }
+
+static_assert(sizeof(RelevanceCall) + sizeof(PoolArgs) + sizeof(Batch) + 64 < 4096, "kernel parameters of any GPU");
 
 __global__ void __launch_bounds__(kThreads, 2) score_and_pool(
     const __grid_constant__ RelevanceCall r, const __grid_constant__ PoolArgs a, const __grid_constant__ Batch batch,
@@ -80,11 +81,11 @@ const char* prompt_guided_pool3d(const RelevanceCall& r, const PoolArgs& a, Stre
   auto* logits = reinterpret_cast<float*>(partials + count_parts(r, kForwardTile));
   const size_t shared = ScoreMemory::bytes(r.channels);
   const int slices = slices_of(a);
-  const int resident = resident_blocks(score_and_pool, kThreads, shared, stream.device);
-  if (resident < 1) return kTooWide;
+  int resident;
+  if (const char* error = cooperative_blocks(resident, score_and_pool, shared, stream)) return error;
   return for_each_batch(a, kForwardTile, [&](const Batch& batch, int parts, int64_t outputs) -> const char* {
     const int64_t items = outputs * a.window.outputs[1] * a.window.outputs[2] * slices;
-    if (items >= INT_MAX) return kTooMany;
+    if (!countable(a) || items > kMost) return kTooMany;
     // Half of the warps without an item, where there are few, for more processors at work.
     const int64_t useful = std::max<int64_t>(parts, ceil_div(items, kWarps / 2));
     const Launch where{

@@ -3,7 +3,6 @@
 // dx[i] = dcos[i] (c^ - cos[i] x^[i]) / |x[i]|;  dc^ = sum dcos[i] x^[i];  dc = (dc^ - (dc^.c^) c^) / |c|
 
 #include <algorithm>  // defines: std::max, std::min
-#include <climits>    // defines: INT_MAX
 
 #include "scores.cuh"  // defines: score_parts, normalise_parts, load_unit, dots_and_squares
 
@@ -197,25 +196,37 @@ __device__ void grads_of_parts(
   }
 }
 
-// dc of 32 channels of a clip for each block, and ds. dc^ . c^ = sum dcos[i] cos[i] = s ds.
-__device__ void finish_grads(
-    const RelevanceCall& r, const Batch& batch, const Sums& sums, const BackwardMemory& memory) {
+// dc^ = sum of the parts of a clip, 32 channels for each block; it takes the place of the first part's.
+__device__ void sum_texts(const RelevanceCall& r, const Batch& batch, const Sums& sums, const BackwardMemory& memory) {
   const int channels = static_cast<int>(r.channels), columns = static_cast<int>(ceil_div(channels, kWarp));
   float* of_warps = memory.text_sums;  // [kWarps, 32]
   for (int64_t item = blockIdx.x; item < int64_t{batch.clips} * columns; item += gridDim.x) {
-    const int b = static_cast<int>(item / columns), c = static_cast<int>(item % columns) * kWarp + lane_id();
-    const DeviceClip clip = batch.at(b);
-    const int count = parts_of(r, clip);
-    const float norm = load_unit(r, batch.first + b, memory);
-    const float along = full_scale(r) * static_cast<float>(sum_parts(sums.scale, clip, count, memory));
+    const DeviceClip clip = batch.at(static_cast<int>(item / columns));
+    const int count = parts_of(r, clip), c = static_cast<int>(item % columns) * kWarp + lane_id();
+    float* text = sums.text + int64_t{clip.first_part} * channels + c;
     float sum = 0;
-    for (int n = warp_id(); n < count && c < channels; n += kWarps)
-      sum += sums.text[int64_t{clip.first_part + n} * channels + c];
+    for (int n = warp_id(); n < count && c < channels; n += kWarps) sum += text[int64_t{n} * channels];
+    __syncthreads();  // of_warps may still be read
     of_warps[threadIdx.x] = sum;
     __syncthreads();
-    if (warp_id() == 0 && c < channels) {
-      for (int w = 1; w < kWarps; ++w) sum += of_warps[w * kWarp + lane_id()];
-      const float grad = norm <= kEps ? 0 : (sum - along * memory.unit[c]) / norm;
+    if (warp_id() != 0 || c >= channels) continue;
+    for (int w = 1; w < kWarps; ++w) sum += of_warps[w * kWarp + lane_id()];
+    *text = sum;
+  }
+}
+
+// dc = (dc^ - (dc^ . c^) c^) / |c|, a clip for each block.
+__device__ void finish_texts(
+    const RelevanceCall& r, const Batch& batch, const Sums& sums, const BackwardMemory& memory) {
+  const int channels = static_cast<int>(r.channels);
+  for (int b = blockIdx.x; b < batch.clips; b += gridDim.x) {
+    const float norm = load_unit(r, batch.first + b, memory);
+    const float* text = sums.text + int64_t{batch.at(b).first_part} * channels;
+    float along = 0;
+    for (int c = threadIdx.x; c < channels; c += kThreads) along += text[c] * memory.unit[c];
+    along = block_sum(along, memory.as<float>());
+    for (int c = threadIdx.x; c < channels; c += kThreads) {
+      const float grad = norm <= kEps ? 0 : (text[c] - along * memory.unit[c]) / norm;
       store_scalar(r.text_grad, (batch.first + b) * r.text_grad.stride[0] + c, grad);
     }
   }
@@ -228,7 +239,9 @@ __global__ void __launch_bounds__(kThreads, 2) relevance_backward(
   grid_barrier();
   grads_of_parts(r, batch, parts, sums, memory);
   grid_barrier();
-  finish_grads(r, batch, sums, memory);
+  sum_texts(r, batch, sums, memory);
+  grid_barrier();
+  finish_texts(r, batch, sums, memory);
   // The clips of earlier launches are summed, too: the last launch of a call has the whole sum.
   if (blockIdx.x != 0) return;
   const int end = batch.clip[0].first_part + parts;
@@ -253,8 +266,8 @@ size_t relevance_backward_bytes(const RelevanceArgs& a) {
 
 const char* prompt_relevance(const RelevanceCall& r, Stream stream) {
   const size_t shared = ScoreMemory::bytes(r.channels);
-  const int resident = resident_blocks(score_and_normalise, kThreads, shared, stream.device);
-  if (resident < 1) return kTooWide;
+  int resident;
+  if (const char* error = cooperative_blocks(resident, score_and_normalise, shared, stream)) return error;
   auto* logits = static_cast<float*>(r.relevance);  // normalised in place, each by the block that scored it
   return for_each_batch(r, kForwardTile, [&](const Batch& batch, int parts, int64_t) {
     const Launch where = cooperative(resident, parts, shared, stream);
@@ -267,8 +280,8 @@ const char* prompt_relevance_backward(const RelevanceCall& r, Stream stream) {
   auto* numbers = static_cast<double*>(r.workspace);
   const Sums sums{numbers, numbers + all, numbers + 2 * all, reinterpret_cast<float*>(numbers + 3 * all)};
   const size_t shared = BackwardMemory::bytes(r.channels);
-  const int resident = resident_blocks(relevance_backward, kThreads, shared, stream.device);
-  if (resident < 1) return kTooWide;
+  int resident;
+  if (const char* error = cooperative_blocks(resident, relevance_backward, shared, stream)) return error;
   return for_each_batch(r, kBackwardTile, [&](const Batch& batch, int parts, int64_t) {
     return launch(relevance_backward, cooperative(resident, parts, shared, stream), r, batch, parts, sums);
   });

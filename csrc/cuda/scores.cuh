@@ -21,6 +21,13 @@ inline __device__ Statistics merge(Statistics a, Statistics b) {
 constexpr const char* kTooWide =
     "image_embeds has more channels than fit into the shared memory of this GPU; use backend='triton' or 'reference'";
 
+// Blocks of a cooperative grid, at most.
+template <class Kernel>
+const char* cooperative_blocks(int& blocks, Kernel kernel, size_t shared, Stream stream) {
+  if (const char* error = resident_blocks(blocks, kernel, kThreads, shared, stream.device)) return error;
+  return blocks < 1 ? kTooWide : nullptr;
+}
+
 // The dynamic shared memory of the kernels that score.
 struct ScoreMemory {
   double* scratch;  // [kScratch]

@@ -1,7 +1,5 @@
 // y[o] = sum_{i in o} p[o, i] v[i],  p[o, i] = softmax_{i in o}(w[i] / temperature)
 
-#include <climits>  // defines: INT_MAX
-
 #include "windows.cuh"  // defines: PooledWindow, WindowSoftmax, pool_window, weigh_rows
 
 namespace ppllava::cuda {
@@ -10,7 +8,7 @@ namespace {
 // A warp for each window and slice of channels.
 __global__ void __launch_bounds__(kThreads, 2)
     pool_windows(const __grid_constant__ PoolArgs a, const __grid_constant__ Batch batch, int items, int slices) {
-  const int item = blockIdx.x * kWarps + warp_id();
+  const int item = blockIdx.x * (blockDim.x / kWarp) + warp_id();
   if (item >= items) return;
   const int64_t first = batch.clip[0].first_output * a.window.outputs[1] * a.window.outputs[2];
   const PooledWindow window(a, batch, first + item / slices);
@@ -177,8 +175,11 @@ const char* weighted_pool3d(const PoolArgs& a, Stream stream) {
   const int slices = slices_of(a);
   return for_each_batch(a, kForwardTile, [&](const Batch& batch, int, int64_t outputs) -> const char* {
     const int64_t items = outputs * a.window.outputs[1] * a.window.outputs[2] * slices;
-    if (items >= INT_MAX) return kTooMany;
-    const Launch where = ordinary(ceil_div(items, kWarps), 0, stream);
+    if (!countable(a) || items > kMost) return kTooMany;
+    // Few items: fewer warps in each block, for more processors at work.
+    const int warps = items < 4096 ? 2 : kWarps;
+    Launch where = ordinary(ceil_div(items, warps), 0, stream);
+    where.threads = warps * kWarp;
     return launch(pool_windows, where, a, batch, static_cast<int>(items), slices);
   });
 }
@@ -188,7 +189,7 @@ const char* weighted_pool3d_backward(const PoolArgs& a, Stream stream) {
     const int64_t windows = outputs * a.window.outputs[1] * a.window.outputs[2];
     int64_t items = 0;
     for (int n = 0; n < batch.clips; ++n) items += patches_of(a, a.clips[batch.first + n]);
-    if (windows >= INT_MAX || ceil_div(items, kWarps) >= INT_MAX) return kTooMany;
+    if (!countable(a) || ceil_div(items, kWarps) > kMost) return kTooMany;
     if (const char* error = launch(backward_windows, ordinary(windows, kThreads * sizeof(float), stream), a, batch))
       return error;
     return launch(backward_patches, ordinary(ceil_div(items, kWarps), 0, stream), a, batch, items);

@@ -193,6 +193,11 @@ struct WeightScores {
   }
 };
 
+// Whether the index of a window of the whole call fits into 32 bits.
+inline bool countable(const PoolArgs& a) {
+  return static_cast<double>(a.outputs) * a.window.outputs[1] * a.window.outputs[2] <= kMost;
+}
+
 // Slices of channels of a row, for the dtype of `values`.
 inline int slices_of(const PoolArgs& a) {
   return static_cast<int>(ceil_div(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +13,8 @@ from .plan import clip_counts, make_plan
 # Space-separated: "90" for sm_90, "120+PTX" for code that any later GPU compiles when it loads it.
 _architectures = getattr(_C, "cuda_architectures", "").split()
 _without = getattr(_C, "cuda_missing", "")
+_version = getattr(_C, "cuda_version", "")
+_reasons: dict[int, str | None] = {}  # why the kernels cannot run on a GPU, by its index
 _HERE = contextlib.nullcontext()
 
 
@@ -35,26 +36,39 @@ def why_not(*tensors: Tensor) -> str | None:
     return _why_not_device(tensors[0].device.index if tensors else torch.cuda.current_device())
 
 
-@cache
 def _why_not_device(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    if runs_on(_architectures, major, minor):
+    if index not in _reasons:
+        _reasons[index] = _ask_device(index)
+    return _reasons[index]
+
+
+def _ask_device(index: int) -> str | None:
+    if torch.version.hip:
+        return "cuda runs on NVIDIA GPUs and this PyTorch is for AMD's; use backend='triton'"
+    driver = torch._C._cuda_getDriverVersion()  # 13000 for CUDA 13.0
+    if driver // 1000 < int(_version.partition(".")[0]):
+        return (
+            f"its kernels are compiled with CUDA {_version} and this driver is for CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or use backend='triton'"
+        )
+    gpu = torch.cuda.get_device_properties(index)
+    if runs_on(_architectures, gpu.major, gpu.minor):
         return None
+    number = f"{gpu.major}{gpu.minor}"
     return (
-        f"its kernels are compiled for {', '.join(_architectures)} and cuda:{index} is {major}{minor}; reinstall with "
-        f"PPLLAVA_CUDA_ARCHS={major}{minor}, or use backend='triton'"
+        f"its kernels are compiled for {', '.join(_architectures)} and cuda:{index} is {number}; reinstall with "
+        f"PPLLAVA_CUDA_ARCHS={number}, or use backend='triton'"
     )
 
 
 def runs_on(architectures: list[str], major: int, minor: int) -> bool:
-    """Machine code runs on its own major version from its minor on, PTX on every later GPU."""
+    """Machine code runs on its own major version from its minor on, PTX on every later GPU, and `a` on that one GPU."""
     for name in architectures:
         number, _, ptx = name.partition("+")
         built = divmod(int(number.rstrip("a")), 10)
-        if ptx and built <= (major, minor):
+        if built == (major, minor):
             return True
-        exactly = number.endswith("a") and built != (major, minor)
-        if built[0] == major and built[1] <= minor and not exactly:
+        if not number.endswith("a") and built <= (major, minor) and (ptx or built[0] == major):
             return True
     return False
 

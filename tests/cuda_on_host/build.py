@@ -68,6 +68,7 @@ def build(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     module = [
         "-DPPLLAVA_WITH_CUDA",
         '-DPPLLAVA_CUDA_ARCHS="90a"',
+        '-DPPLLAVA_CUDA_VERSION="13.0"',
         "-DTORCH_EXTENSION_NAME=_C",
         "-DTORCH_API_INCLUDE_EXTENSION_H",
         abi,

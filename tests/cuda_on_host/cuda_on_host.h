@@ -87,8 +87,9 @@ const char* launch(void (*kernel)(Parameters...), const Launch& where, Arguments
 
 // Few, so that blocks loop and barriers span several; CUDA_ON_HOST_BLOCKS changes it.
 template <class Kernel>
-int resident_blocks(Kernel, int, size_t shared, int) {
-  return shared > host::kMaxShared ? 0 : host::resident_blocks();
+const char* resident_blocks(int& blocks, Kernel, int, size_t shared, int) {
+  blocks = shared > host::kMaxShared ? 0 : host::resident_blocks();
+  return nullptr;
 }
 
 }  // namespace ppllava::cuda
