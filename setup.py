@@ -59,6 +59,12 @@ def default_archs(nvcc: Path) -> list[str]:
     return [*archs[:-1], archs[-1] + "+PTX"]
 
 
+def toolkit(nvcc: Path) -> Path:
+    """Where it lies; nvcc itself may be a script or a link that stands elsewhere."""
+    report = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.+)$", report, re.MULTILINE)[1].strip())
+
+
 def nvcc_release(nvcc: Path) -> str:
     report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", report)[1]
@@ -77,15 +83,14 @@ def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | N
         return [], "PPLLAVA_CUDA_ARCHS=none when it was installed"
     if nvcc is None:
         return [], "there was no nvcc when it was installed"
-    home = nvcc.resolve().parent.parent
+    try:
+        archs, release, home = ASKED or default_archs(nvcc), nvcc_release(nvcc), toolkit(nvcc)
+    except (OSError, subprocess.CalledProcessError, IndexError, TypeError):
+        return [], "nvcc did not say what it is when it was installed"
     folders = [home / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
     libraries = [path for path in folders if (path / "libcudart_static.a").exists()]
     if not libraries:
         return [], "nvcc came without libcudart_static.a when it was installed"
-    try:
-        archs, release = ASKED or default_archs(nvcc), nvcc_release(nvcc)
-    except (OSError, subprocess.CalledProcessError, IndexError, TypeError):
-        return [], "nvcc did not say what it is when it was installed"
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     flags += [flag for arch in archs for flag in gencode(arch)]

@@ -52,11 +52,10 @@ inline __device__ float full_scale(const RelevanceCall& r) {
   return static_cast<float>(r.scale) * (r.scale_tensor ? *r.scale_tensor : 1.f);
 }
 
-// unit = c / max(|c|, eps) of clip b; returns |c|.
+// unit = c / max(|c|, eps) of clip b; returns |c|. Callers have met at a barrier since they read another one there.
 inline __device__ float load_unit(const RelevanceCall& r, int64_t b, const ScoreMemory& memory) {
   const int channels = static_cast<int>(r.channels);
   float square = 0;
-  __syncthreads();  // unit may still be read
   for (int c = threadIdx.x; c < ceil_div(channels, 8) * 8; c += kThreads) {
     const float x = c < channels ? load_scalar(r.text, b * r.text.stride[0] + c) : 0.f;
     memory.unit[c] = x;
