@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ppllava_kernels.backends.triton import backend, common
+from ppllava_kernels.backends.triton import backend
 from ppllava_kernels.shapes import make_window
 
 POINTERS = {
@@ -59,8 +59,20 @@ def resources(cubin: bytes) -> dict:
     return dict(registers=usage["REG"], stack=usage["STACK"] + usage["LOCAL"])
 
 
-def calls(dtype):
-    """Every op, forward and backward, at the sizes of the 7B model; on the CPU, since nothing is run."""
+def loads(ptx: str) -> dict:
+    """The bytes of the widest load from global memory and of the widest store."""
+    width = {}
+    for kind, instruction in dict(load=r"ld\.global\S*", store=r"st\.global\S*").items():
+        found = re.findall(instruction + r"\.v(\d)\.b(\d+)", ptx)
+        width[kind] = max((int(n) * int(bits) // 8 for n, bits in found), default=0)
+    return width
+
+
+def calls(dtype, few: bool):
+    """Every op, forward and backward, at the sizes of the 7B model; on the CPU, since nothing is run.
+
+    few: each kernel, without those that differ in nothing but their windows.
+    """
     d, c = 4096, 768
     for cu_frames in (None, torch.tensor([0, 2, 6], dtype=torch.int32)):
         lead = (1, 4) if cu_frames is None else (6,)
@@ -72,7 +84,7 @@ def calls(dtype):
         backend.prompt_relevance(image, text, scale, 1.0, cu_frames)
         backend.prompt_relevance_backward(weights, weights, image, text, scale, 1.0, cu_frames)
         windows = [make_window((2, 3, 3)), make_window(None, None, (2, 7, 8)), make_window((2, 3, 3), (1, 2, 2))]
-        for window in windows[: 3 if cu_frames is None else 2]:
+        for window in windows[: 1 if few else 3 if cu_frames is None else 2]:
             pooled = backend.weighted_pool3d(values, weights, window, 0.01, cu_frames)
             backend.weighted_pool3d(values, None, window, 0.01, cu_frames)
             backend.prompt_guided_pool3d(values, image, text, scale, 1.0, window, 0.01, cu_frames)
@@ -80,26 +92,31 @@ def calls(dtype):
             backend.weighted_pool3d_backward(pooled, values, None, window, 0.01, cu_frames, True, False)
 
 
-def main(arch: int, dtype: str) -> None:
+def main(arch: str, dtype: str) -> None:
+    """arch: 90 for sm_90, or gfx942."""
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
     seen = set()
 
-    def compile_only(kernel, grid, device, arguments, warps=common.CONFIG.warps):
+    def compile_only(kernel, programs, device, arguments, tile):
         signature, constants, attributes = describe(kernel, arguments)
         key = repr((kernel.__name__, signature, constants, attributes))
         if key in seen:
             return
         seen.add(key)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": warps, "enable_fp_fusion": True}
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, **resources(compiled.asm["cubin"]))
+        options = dict(num_warps=tile.warps, enable_fp_fusion=True)
+        if target.backend == "cuda":
+            options |= dict(maxnreg=tile.registers)
+        compiled = triton.compile(source, target=target, options=options)
+        usage = resources(compiled.asm["cubin"]) | loads(compiled.asm["ptx"]) if "cubin" in compiled.asm else {}
+        row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, shared=compiled.metadata.shared, **usage)
         print(json.dumps(row | {k: v for k, v in constants.items() if k.isupper()}), flush=True)
 
     from ppllava_kernels.backends.triton import prompt_relevance, weighted_pool3d
 
     prompt_relevance.launch = weighted_pool3d.launch = compile_only
-    calls(getattr(torch, dtype))
+    calls(getattr(torch, dtype), few=target.backend == "hip")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(*sys.argv[1:])

@@ -1,152 +1,226 @@
-"""What the Triton kernels share: the plan of a call, its clips, and the device functions of patches and windows."""
+"""What the Triton kernels share: launch knobs, the plan of a call, its clips, and the device functions of windows."""
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from math import prod
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...shapes import Window, frame_counts, largest_window, most_windows, output_shape, ragged_outputs
+from ...shapes import Window, largest_window, most_windows, output_shape, ragged_outputs
+from ..plan import clip_counts
 
 
-class Config(NamedTuple):
-    """Tile sizes; every kernel reads its own from here."""
+# As triton.cdiv and triton.next_power_of_2, which take microseconds.
+def ceil_div(n: int, size: int) -> int:
+    return -(-n // size)
 
-    row_elements: int = 8192  # patches x channels in one tile of whole rows
-    patches: int = 8  # patches in one tile of the pooling backward
-    bytes: int = 512  # of one patch in one tile of the pooling kernels
-    partials: int = 2048  # most programs, and so partial results, for one clip
-    warps: int = 4
+
+def power_of_2(n: int) -> int:
+    """The next one from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows in one tile of a kernel, bytes of each, and warps: fixed, since tuning at run time stalls the first call.
+
+    A lane takes 16 bytes of a row at a time and a warp 512. One warp with few rows keeps the sum over rows within each
+    lane; several warps with 512 bytes of a row keep the sum over channels within each warp: neither takes a barrier.
+    """
+
+    rows: int
+    bytes: int
+    warps: int
+    registers: int | None = None  # most of a thread; None lets ptxas spill a few for one more block on a processor
+
+    def channels(self, x: Tensor) -> int:
+        return min(self.bytes // x.element_size(), power_of_2(x.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The launch knobs of every kernel, for an H200; bytes and not channels, so that they hold for any dtype."""
+
+    score_patches: Tile = Tile(8, 512, 4, 128)
+    relevance_backward: Tile = Tile(16, 512, 4)
+    finish_backward: Tile = Tile(64, 128, 4)
+    pool_windows: Tile = Tile(4, 1024, 1)
+    backward_windows: Tile = Tile(2, 4096, 4, 96)
+    backward_patches: Tile = Tile(1, 2048, 1, 96)  # where no patch lies in two windows, else
+    backward_overlap: Tile = Tile(4, 1024, 1, 96)
+    neighbours: int = 4  # patches in one program of backward_patches
+    frames: Tile = Tile(512, 4, 4)  # of the kernels that read no channels
+    lanes: int = 32  # terms of a weighted sum that are found at a time
+    parts: int = 512  # most programs of score_patches, and so partial results, for one clip
 
 
 CONFIG = Config()
 
 
-class Plan(NamedTuple):
-    """Frames and windows of a call.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Frames and windows of a call, and the arguments that its launches have in common."""
 
-    clips: int32 [B, 4]: first frame, frames, first output frame, frames in the largest window; None: dense.
-    slots: int64 [B]: where the windows of a clip begin in the scratch of the backward; None: dense.
-    """
-
-    batch: int
-    frames: int  # of the longest clip
-    height: int
-    width: int
-    clips: Tensor | None
-    slots: Tensor | None = None
-    outputs: int = 0  # output frames in all
-    scratch: int = 0  # slots in all: for each window as many as the largest window of its clip has patches
-    window: tuple[int, ...] = ()  # five triples, named in `axes`
-    kernel: bool = False  # kernel_size and stride, not output_size
-
-    @property
-    def ragged(self) -> dict:
-        padded = triton.next_power_of_2(self.batch)
-        return dict(clips=self.clips, batch=self.batch, BATCH=padded, RAGGED=self.clips is not None)
-
-    @property
-    def windows(self) -> int:
-        return self.outputs * self.window[1] * self.window[2]
-
-    @property
-    def volume(self) -> int:
-        return self.window[9] * self.window[10] * self.window[11]
+    counts: tuple[int, ...]  # frames of each clip
+    frames: int  # in all
+    parts: int  # in all
+    windows: int  # in all
+    slots: int  # in all
+    most: int  # windows that one patch lies in, at most
+    lead: tuple[int, ...]  # the shape of what is pooled, without its channels
+    sizes: dict  # H, W and along (T, H, W): outputs O, kernel K, stride J (jump), largest window L, most on a patch M
+    clips: dict  # what finds the clip of a program, besides the clip table
+    # The clip table [6, B], None for dense clips: first frame, frames, first pooled frame, first part, frames in the
+    # largest window, first slot. Slots: scratch of the backward, as many for each window as its clip's largest needs.
+    table: tuple[tuple[int, ...], ...] | None
+    uploaded: dict = field(default_factory=dict)  # for each device (stream that brought the table there, tensor)
 
 
 def make_plan(x: Tensor, cu_frames: Tensor | None, window: Window | None = None) -> Plan:
-    """The plan for x [B, T, H, W, channels], or [F, H, W, channels] with `cu_frames`."""
-    height, width = x.shape[-3:-1]
-    counts = [x.shape[1]] * x.shape[0] if cu_frames is None else frame_counts(cu_frames, x.shape[0])
-    plan = Plan(len(counts), max(counts), height, width, None)
-    if window is not None and window.output_size and (plan.frames + 1) * (window.output_size[0] + 1) >= 2**31:
-        raise ValueError(
-            f"output_size must have fewer frames with backend='triton', got {window.output_size[0]} for a clip of "
-            f"{plan.frames}, whose product passes 2**31; use backend='reference'"
-        )
-    outputs, spans, slots = ([0] * len(counts) for _ in range(3))
+    """The plan for x [B, T, H, W, channels] or, with `cu_frames`, [F, H, W, channels]; remembered: calls repeat."""
+    return _plan(clip_counts(x, cu_frames), *x.shape[-3:-1], window, cu_frames is None)
+
+
+@lru_cache(maxsize=256)
+def _plan(counts: tuple[int, ...], height: int, width: int, window: Window | None, dense: bool) -> Plan:
+    batch, frames = len(counts), max(counts)
+    parts = [parts_of(n, height * width) for n in counts]
+    outputs, spans, slots = ([0] * batch for _ in range(3))
+    lead, windows, most, sizes = (), 0, (1, 1, 1), dict(H=height, W=width)
     if window is not None:
-        grid = output_shape((plan.frames, height, width), *window)
-        largest = largest_window(plan.frames, height, width, window)
-        outputs = ragged_outputs(counts, height, width, window)
+        if window.output_size and (frames + 1) * (window.output_size[0] + 1) >= 2**31:
+            raise ValueError(
+                f"output_size must have fewer frames with backend='triton', got {window.output_size[0]} for a clip of "
+                f"{frames}, whose product passes 2**31; use backend='reference'"
+            )
+        grid = output_shape((frames, height, width), *window)
+        largest = largest_window(frames, height, width, window)
+        outputs = ragged_outputs(list(counts), height, width, window)
         spans = [largest_window(n, height, width, window)[0] for n in counts]
         slots = [n * span * grid[1] * grid[2] * largest[1] * largest[2] for n, span in zip(outputs, spans)]
-        kernel, stride = window.kernel_size or (0, 0, 0), window.stride or (1, 1, 1)
+        lead = (batch, *grid) if dense or window.output_size else (sum(outputs), *grid[1:])
+        windows = sum(outputs) * grid[1] * grid[2]
         most = most_windows(set(counts), height, width, window)
-        plan = plan._replace(
-            outputs=sum(outputs), scratch=sum(slots), window=(*grid, *kernel, *stride, *largest, *most),
-            kernel=bool(window.kernel_size),
-        )  # fmt: skip
-    if cu_frames is None:
-        return plan
-    clips = torch.tensor([_starts(counts), counts, _starts(outputs), spans], dtype=torch.int32).T.contiguous()
-    firsts = torch.tensor(_starts(slots))
-    return plan._replace(clips=clips.to(x.device, non_blocking=True), slots=firsts.to(x.device, non_blocking=True))
+        triples = dict(O=grid, K=window.kernel_size or (0, 0, 0), J=window.stride or (1, 1, 1), L=largest, M=most)
+        sizes |= {letter + axis: n for letter, triple in triples.items() for axis, n in zip("THW", triple)}
+        sizes |= dict(KERNEL=bool(window.kernel_size))
+    # parts, T: of each dense clip; a clip table has its own.
+    clips = dict(batch=batch, T=frames, parts=parts[0], BATCH=power_of_2(batch), PARTS=CONFIG.parts)
+    rows = _starts(counts), counts, _starts(outputs), _starts(parts), spans, _starts(slots)
+    table = None if dense else tuple(map(tuple, rows))
+    clips |= dict(RAGGED=not dense)
+    return Plan(counts, sum(counts), sum(parts), windows, sum(slots), prod(most), lead, sizes, clips, table)
 
 
-def _starts(sizes: list[int]) -> list[int]:
+def _starts(sizes) -> list[int]:
     return [0, *accumulate(sizes[:-1])]
 
 
-def strides(x: Tensor | None, plan: Plan) -> tuple[int, ...]:
+def parts_of(frames: int, patches: int) -> int:
+    """Programs of score_patches for a clip, as in clip_parts."""
+    tiles = frames * ceil_div(patches, CONFIG.score_patches.rows)
+    return ceil_div(tiles, ceil_div(tiles, CONFIG.parts))
+
+
+_captured = []  # clip tables that a CUDA graph reads at every replay: never freed
+
+
+def clip_arguments(plan: Plan, device: torch.device) -> dict:
+    """plan.clips and the clip table, int64 [6, B], uploaded once, by the stream that reads it."""
+    if plan.table is None:
+        return plan.clips | dict(clips=None)
+    cuda = device.type == "cuda"
+    stream, table = plan.uploaded.get(device, (None, None))
+    if cuda and torch.cuda.is_current_stream_capturing():
+        # A replay would upload freed memory. What the warm-up uploaded is there, by whichever stream, and stays.
+        if table is None:
+            raise RuntimeError(
+                f"cu_frames must be known before a CUDA graph captures a call with backend='triton', got clips of "
+                f"{list(plan.counts)} frames for the first time; make the same call once before the capture"
+            )
+        if not any(table is x for x in _captured):
+            _captured.append(table)
+        return plan.clips | dict(clips=table)
+    current = torch._C._cuda_getCurrentRawStream(device.index) if cuda else None
+    if table is None or stream != current:
+        # Not pinned, so that CUDA has read the host's memory when this returns.
+        table = torch.tensor(plan.table).to(device, non_blocking=True)
+        plan.uploaded[device] = current, table
+    return plan.clips | dict(clips=table)
+
+
+def grid_strides(letter: str, x: Tensor | None, plan: Plan) -> dict:
     """Of (batch, frame, row, column), in elements; ragged tensors have no batch axis."""
-    if x is None:
-        return (0, 0, 0, 0)
-    return x.stride()[:4] if plan.clips is None else (0, *x.stride()[:3])
+    b, t, h, w = (0,) * 4 if x is None else x.stride()[:4] if plan.table is None else (0, *x.stride()[:3])
+    return {letter + "B": b, letter + "T": t, letter + "H": h, letter + "W": w}
 
 
-def axes(plan: Plan) -> dict:
-    """Sizes along (T, H, W): outputs O, kernel K, stride J (jump), largest window L, most windows on a patch M."""
-    names = ["TO", "HO", "WO", "KT", "KH", "KW", "JT", "JH", "JW", "LT", "LH", "LW", "MT", "MH", "MW"]
-    return dict(zip(names, plan.window), T=plan.frames, H=plan.height, W=plan.width, KERNEL=plan.kernel)
-
-
-def launch(kernel, grid: tuple[int, ...], device: torch.device, arguments: dict, warps: int = CONFIG.warps) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=True)
-
-
-@triton.jit
-def find_clip(clips, b, T, RAGGED: tl.constexpr):
-    """(first frame, frames, first output) of clip b; dense clips start at frame 0 of their own batch index."""
-    if RAGGED:
-        return tl.load(clips + 4 * b), tl.load(clips + 4 * b + 1), tl.load(clips + 4 * b + 2)
+def launch(kernel, programs: int, device: torch.device, arguments: dict, tile: Tile) -> None:
+    """Launch with those of `arguments` that the kernel has, on grid x: y and z have room for 65,535 programs alone."""
+    if programs >= 2**31:
+        raise RuntimeError(
+            f"backend='triton' could not run its kernel, which takes {programs} programs of at most 2**31 - 1; "
+            "split the batch"
+        )
+    options = dict(num_warps=tile.warps, enable_fp_fusion=True)
+    if tile.registers and torch.version.hip is None:
+        options["maxnreg"] = tile.registers
+    run, given = kernel[(programs,)], [arguments[name] for name in kernel.arg_names]
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        run(*given, **options)
     else:
-        return 0 * b, T + 0 * b, 0 * b
+        with torch.cuda.device(device):
+            run(*given, **options)
+
+
+# Rows of the clip table are numbers here and in no constants: Triton compares each constant that a kernel uses at each
+# launch, which costs as much as four arguments.
 
 
 @triton.jit
-def clip_start(b, first, T, H, W, RAGGED: tl.constexpr):
-    """Where the patches of clip b begin in a contiguous [B, T, H, W] or [F, H, W]."""
-    if RAGGED:
-        return first.to(tl.int64) * H * W
-    else:
-        return b.to(tl.int64) * T * H * W
-
-
-@triton.jit
-def clip_of_output(clips, output, TO, batch, BATCH: tl.constexpr, RAGGED: tl.constexpr):
-    """The clip that an output frame belongs to."""
+def clip_of(clips, index, ROW: tl.constexpr, each, batch, BATCH: tl.constexpr, RAGGED: tl.constexpr):
+    """(clip, place in it) of frame (ROW 0), pooled frame (ROW 2) or part (ROW 3) `index`; a dense clip has `each`."""
     if RAGGED:
         rows = tl.arange(0, BATCH)
-        firsts = tl.load(clips + 4 * rows + 2, mask=rows < batch, other=2147483647)  # [BATCH]
-        return tl.sum((firsts <= output).to(tl.int32), 0) - 1
+        firsts = tl.load(clips + ROW * batch + rows, mask=rows < batch, other=2147483647)  # [BATCH]
+        b = tl.sum((firsts <= index).to(tl.int32), 0) - 1
+        return b, index - tl.load(clips + ROW * batch + b).to(tl.int32)
     else:
-        return output // TO
+        return index // each, index % each
 
 
 @triton.jit
-def clip_slots(clips, slots, b, TO, HO, WO, LT, LH, LW, RAGGED: tl.constexpr):
-    """(first slot of clip b, slots of each of its windows) in the scratch of the backward."""
+def clip_frames(clips, b, T, batch, RAGGED: tl.constexpr):
+    """(frame axis index of the first frame of clip b, its frames); dense clips have an axis each."""
     if RAGGED:
-        return tl.load(slots + b), tl.load(clips + 4 * b + 3) * LH * LW
+        return tl.load(clips + b).to(tl.int32), tl.load(clips + batch + b).to(tl.int32)
     else:
-        return b.to(tl.int64) * TO * HO * WO * LT * LH * LW, LT * LH * LW + 0 * b
+        return 0 * b, T + 0 * b
+
+
+@triton.jit
+def clip_start(clips, b, ROW: tl.constexpr, each, batch, RAGGED: tl.constexpr):
+    """Where clip b begins among all frames, pooled frames or parts, by ROW as in clip_of, in 64 bits."""
+    if RAGGED:
+        return tl.load(clips + ROW * batch + b)
+    else:
+        return b.to(tl.int64) * each
+
+
+@triton.jit
+def clip_slots(clips, b, batch, OT, OH, OW, LT, LH, LW, RAGGED: tl.constexpr):
+    """(first slot of clip b, slots of each of its windows), in 64 bits."""
+    if RAGGED:
+        return tl.load(clips + 5 * batch + b), tl.load(clips + 4 * batch + b) * LH * LW
+    else:
+        volume = (0 * b + LT).to(tl.int64) * LH * LW
+        return b.to(tl.int64) * OT * OH * OW * volume, volume
 
 
 @triton.jit
@@ -178,7 +252,7 @@ def axis_first(i, size, outputs, kernel, stride, KERNEL: tl.constexpr):
 def axis_last(i, size, outputs, kernel, stride, KERNEL: tl.constexpr):
     """One past the last window that holds position i; at or below axis_first in a gap."""
     if KERNEL:
-        return tl.minimum(i // stride + 1, outputs)
+        return tl.minimum(i // stride + 1, (size - kernel) // stride + 1)
     else:
         return ((i + 1) * outputs + size - 1) // size
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from .common import make_plan
 from .prompt_relevance import score
-from .weighted_pool3d import pool, pooled_shape
+from .weighted_pool3d import pool
 
 
 def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames):
     plan = make_plan(values, cu_frames, window)
-    logits = score(image_embeds, text_embeds, scale_tensor, scale, plan)
-    return pool(values, None, plan, temperature, pooled_shape(values, plan, window), logits)
+    logits, partials = score(image_embeds, text_embeds, scale_tensor, scale, plan)
+    return pool(values, None, plan, temperature, logits, partials)
