@@ -47,7 +47,7 @@ class Tile:
 class Config:
     """The launch knobs of every kernel, for an H200; bytes and not channels, so that they hold for any dtype."""
 
-    score_patches: Tile = Tile(8, 512, 4, 128)
+    score_patches: Tile = Tile(8, 512, 4, 144)
     relevance_backward: Tile = Tile(16, 512, 4)
     finish_backward: Tile = Tile(64, 128, 4)
     pool_windows: Tile = Tile(4, 1024, 1)
