@@ -252,12 +252,14 @@ bool run(const Case& test) {
 
 // What a device of CUDA_ON_HOST_BLOCKS blocks refuses.
 bool refuses() {
+  int resident = 0;
+  if (resident_blocks(resident, warp_reduction, 32, 0, 0)) return false;
   const Launch bad[] = {
       {0, 32, 0, false, 0, nullptr},
       {1, 33, 0, false, 0, nullptr},
       {1, 1056, 0, false, 0, nullptr},
       {1, 32, 232449, false, 0, nullptr},
-      {1 + resident_blocks(warp_reduction, 32, 0, 0), 32, 0, true, 0, nullptr}};
+      {1 + resident, 32, 0, true, 0, nullptr}};
   for (const Launch& where : bad) {
     const char* error = launch(warp_reduction, where, Arguments{});
     if (!error) return printf("launches: %d blocks of %d threads were taken\n", where.blocks, where.threads), false;
