@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlavaNextVideoConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import ppllava_kernels
-from ppllava import PPLlavaConfig, PPLlavaProcessor, modeling_ppllava, presets
+from ppllava import PPLlavaConfig, PPLlavaProcessor, presets, projector
 from ppllava.video import VideoClip
 from ppllava_kernels import pooled_size
 
@@ -123,7 +123,7 @@ def with_placeholders(input_ids: Tensor, token: int, count: int) -> Tensor:
 
 
 def pooled_tokens(config: PPLlavaConfig, frames: int) -> int:
-    return math.prod(pooled_size((frames, *config.patch_grid), **config.pooling))
+    return config.visual_pooling.video_tokens(frames)
 
 
 def peer_tokens(peer: LlavaNextVideoConfig, frames: int) -> int:
@@ -147,14 +147,14 @@ def peer_flops(config: PPLlavaConfig, peer: LlavaNextVideoConfig, frames: int, t
 def check_op(job: Job) -> gate.Verdict:
     """Run PPLLaVA's op inside the model, and the reference on the same tensors in float64, by the rule of gate.py."""
     calls = []
-    op = modeling_ppllava.prompt_guided_pool3d
+    op = projector.prompt_guided_pool3d
 
     def record(*args: Any, **kwargs: Any):
         calls.append((args, kwargs, op(*args, **kwargs)))
         return calls[-1][-1]
 
     names = ("pixel_values_videos", "video_frames", "guide_input_ids", "guide_attention_mask")
-    with torch.no_grad(), mock.patch.object(modeling_ppllava, "prompt_guided_pool3d", record):
+    with torch.no_grad(), mock.patch.object(projector, "prompt_guided_pool3d", record):
         job.model.get_video_features(**{name: job.inputs[name] for name in names})
     [((values, image, text), options, (pooled, relevance))] = calls
     channels = torch.linspace(0, values.shape[-1] - 1, GATE_CHANNELS, device=values.device).long().unique()
@@ -204,8 +204,8 @@ def vision_times(job: Job, now: Callable[[], float], sample: Sample) -> Iterator
     starts: list[float] = []
 
     def end(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tokens = output[0] if isinstance(output, tuple) else output  # [.., D]
-        sample.visual_tokens += tokens.shape[:-1].numel()
+        tokens = output[0] if isinstance(output, tuple) else [output]  # one [.., D] per clip
+        sample.visual_tokens += sum(rows.shape[:-1].numel() for rows in tokens)
         sample.vision = now() - starts[0]
 
     inner = job.model.model

@@ -9,7 +9,7 @@ from .configuration_ppllava import PPLlavaConfig
 from .modeling_ppllava import (
     PPLlavaForConditionalGeneration,
     PPLlavaModel,
-    PPLlavaVideoFeatures,
+    PPLlavaVisualFeatures,
     stretch_position_embedding,
     stretch_text_model,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "PPLlavaForConditionalGeneration",
     "PPLlavaModel",
     "PPLlavaProcessor",
-    "PPLlavaVideoFeatures",
+    "PPLlavaVisualFeatures",
     "__version__",
     "stretch_position_embedding",
     "stretch_text_model",

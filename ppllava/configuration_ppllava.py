@@ -1,4 +1,4 @@
-"""The configuration: a CLIP vision tower, the CLIP text tower that guides it, a language model, the windows."""
+"""The configuration: a vision tower, the text tower that guides it, a language model, the windows."""
 
 from collections.abc import Sequence
 
@@ -8,26 +8,49 @@ from transformers.configuration_utils import SubConfigSpec
 
 from ppllava_kernels.shapes import triple
 
+from . import (
+    btadapter,  # registers its vision tower with the Auto classes
+    original,
+)
+from .pooling import POOLINGS, VisualPooling
+
+# The text tower that belongs to each vision tower.
+GUIDES = {
+    "clip_vision_model": "clip_text_model",
+    btadapter.BTAdapterVisionConfig.model_type: "clip_text_model",
+    "siglip_vision_model": "siglip_text_model",
+}
+
 
 @strict
 class PPLlavaConfig(PreTrainedConfig):
     """Configuration of :class:`PPLlavaForConditionalGeneration`; the defaults are those of the 7B model.
 
     Args:
-        vision_config: CLIP vision tower, default ViT-L/14 at 336 pixels. Described whole; only the layers up to
-            `vision_feature_layer` are built.
-        guide_config: CLIP text tower that reads the user's question, default that of ViT-L/14 with its position table
-            stretched to 248.
-        text_config: the language model, any causal LM that `AutoModel` knows; default Llama 7B.
-        projection_dim: C, width of the space in which patches and question are compared; CLIP's own.
+        vision_config: `clip_vision_model`, default ViT-L/14 at 336 pixels; `ppllava_btadapter_vision_model`, the same with
+            a BT-Adapter; or `siglip_vision_model`. Described whole; only the layers up to `vision_feature_layer` are
+            built.
+        guide_config: the text tower of the same family, which reads the user's question: `clip_text_model`, default that
+            of ViT-L/14 with its position table stretched to 248, or `siglip_text_model`.
+        text_config: the language model, any that `AutoModelForCausalLM` knows; default Llama 7B.
+        projection_dim: C, width of the space in which patches and question are compared; CLIP's own. SigLIP has none.
         logit_scale_init_value: logarithm of the scale s of the cosines; trained CLIP models have ln(100).
         projector_hidden_act: "gelu" is the exact erf form.
         vision_feature_layer: which of the hidden states of the vision tower becomes the patches, as in LLaVA.
-        pooling_kernel_size, pooling_stride: windows over (frames, rows, columns); None as stride means the kernel size.
+        pooling: "prompt_guided"; or what people compare it with: "none" keeps every patch, "temporal_mean" averages
+            each patch over time, "adaptive_mean" is PLLaVA's AdaptiveAvgPool3d to `pooling_output_size`.
+        pooling_kernel_size, pooling_stride: windows over (frames, rows, columns) of a video; None as stride means the
+            kernel size. A clip shorter than the kernel is one window in time.
         pooling_output_size: a fixed number of tokens over (frames, rows, columns) for a clip of any length; when given,
             it replaces kernel and stride.
+        image_pooling_kernel_size, image_pooling_stride: the windows of images, one frame deep; None means those of
+            videos without their frames.
         pooling_temperature: of the softmax inside each window. (`temperature` would become generate's.)
-        video_token_index: id of the placeholder `<video>`, alias `video_token_id`.
+        valuew_plus: SigLIP only; the relevance times the attention of the tower's pooling head, times 1000.
+        image_grid_pinpoints: sizes (height, width) in pixels of the grids of views that an image may be cut into, as in
+            LLaVA-NeXT; None or empty is one view for every image.
+        image_token_index, video_token_index: ids of the placeholders `<image>` and `<video>`, aliases `image_token_id`
+            and `video_token_id`.
         vision_chunk: frames that go through the vision tower at once; None is all of them. Bounds the memory of its
             activations, changes nothing else.
 
@@ -36,7 +59,7 @@ class PPLlavaConfig(PreTrainedConfig):
     """
 
     model_type = "ppllava"
-    attribute_map = {"video_token_id": "video_token_index"}  # noqa: RUF012
+    attribute_map = {"image_token_id": "image_token_index", "video_token_id": "video_token_index"}  # noqa: RUF012
     sub_configs_defaults = {  # noqa: RUF012
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -73,21 +96,47 @@ class PPLlavaConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 4.6052
     projector_hidden_act: str = "gelu"
     vision_feature_layer: int = -2
+    pooling: str = "prompt_guided"
     pooling_kernel_size: list[int] | tuple[int, ...] | int = (2, 3, 3)
     pooling_stride: list[int] | tuple[int, ...] | int | None = None
     pooling_output_size: list[int] | tuple[int, ...] | int | None = None
+    image_pooling_kernel_size: list[int] | tuple[int, ...] | int | None = None
+    image_pooling_stride: list[int] | tuple[int, ...] | int | None = None
     pooling_temperature: float | int = 0.01
-    video_token_index: int = 32000
+    valuew_plus: bool = False
+    image_grid_pinpoints: list[list[int]] | list[tuple[int, int]] | None = None
+    image_token_index: int = 32000
+    video_token_index: int = 32002
     vision_chunk: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
-        for name in ("pooling_kernel_size", "pooling_stride", "pooling_output_size"):
+        for name in (
+            "pooling_kernel_size",
+            "pooling_stride",
+            "pooling_output_size",
+            "image_pooling_kernel_size",
+            "image_pooling_stride",
+        ):
             if getattr(self, name) is not None:
                 setattr(self, name, list(triple(name, getattr(self, name))))  # a list, as in config.json
-        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        tied = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings = tied
         self._check()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; a folder of the original implementation is translated (`ppllava.original`)."""
+        config, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if original.is_original(config):
+            config = original.translate_config(config, pretrained_model_name_or_path)
+        return config, rest
+
+    @property
+    def siglip(self) -> bool:
+        """Whether vision tower and guide are those of SigLIP."""
+        return self.vision_config.model_type.startswith("siglip")
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -102,47 +151,91 @@ class PPLlavaConfig(PreTrainedConfig):
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     @property
-    def pooling(self) -> dict[str, list[int] | None]:
-        """The windows as arguments of the ops of `ppllava_kernels`."""
-        if self.pooling_output_size is not None:
-            return {"output_size": self.pooling_output_size}
-        return {"kernel_size": self.pooling_kernel_size, "stride": self.pooling_stride}
+    def visual_pooling(self) -> VisualPooling:
+        """The pooling as the model and the processor compute it."""
+        names = ("kernel_size", "stride", "output_size")
+        return VisualPooling(
+            mode=self.pooling,
+            grid=self.patch_grid,
+            view_size=_pair(self.vision_config.image_size)[0],
+            grid_pinpoints=tuple(tuple(pinpoint) for pinpoint in self.image_grid_pinpoints or ()),
+            **{name: _tuple(getattr(self, f"pooling_{name}")) for name in names},
+            **{f"image_{name}": _tuple(getattr(self, f"image_pooling_{name}")) for name in names[:2]},
+        )
 
     def _check(self) -> None:
-        for name, expected in (("vision_config", "clip_vision_model"), ("guide_config", "clip_text_model")):
-            got = getattr(self, name).model_type
-            if got != expected:
-                raise ValueError(
-                    f"{name} must have model_type {expected!r}, got {got!r}; use the towers of a CLIP model, the only "
-                    "guide supported"
-                )
+        vision, guide = self.vision_config.model_type, self.guide_config.model_type
+        if vision not in GUIDES:
+            raise ValueError(
+                f"vision_config must have one of the model types {', '.join(GUIDES)}, got {vision!r}; use the tower of a "
+                "CLIP or SigLIP model"
+            )
+        if guide != GUIDES[vision]:
+            raise ValueError(
+                f"guide_config must have model_type {GUIDES[vision]!r} to match vision_config, got {guide!r}; use both "
+                "towers of one CLIP or SigLIP model"
+            )
         layers = self.vision_config.num_hidden_layers
         if not 1 <= self.vision_layers <= layers:
             raise ValueError(
                 f"vision_feature_layer must name the output of one of the {layers} layers of vision_config, "
                 f"{-layers} ... -1 or 1 ... {layers}, got {self.vision_feature_layer}; the original model uses -2"
             )
-        kernel, grid = self.pooling_kernel_size[1:], self.patch_grid
-        if self.pooling_output_size is None and any(k > n for k, n in zip(kernel, grid)):
+        self._check_pooling()
+        if self.vision_chunk is not None and self.vision_chunk < 1:
+            raise ValueError(f"vision_chunk must be at least 1 frame, got {self.vision_chunk}; None is all at once")
+        vocabulary = self.text_config.vocab_size
+        for name in ("image_token_index", "video_token_index"):
+            if not 0 <= getattr(self, name) < vocabulary:
+                raise ValueError(
+                    f"{name} must be an id of text_config, 0 ... {vocabulary - 1}, got {getattr(self, name)}; use the "
+                    f"tokenizer's id of <{name[:5]}>, and a larger vocab_size if it was added"
+                )
+        if self.image_token_index == self.video_token_index:
             raise ValueError(
-                f"pooling_kernel_size must fit into the {grid[0]} x {grid[1]} patches of a frame, got "
-                f"{self.pooling_kernel_size}; use a smaller one, or pooling_output_size"
+                f"image_token_index and video_token_index must differ, got {self.image_token_index} for both; add a "
+                "token to the tokenizer for one of them"
+            )
+
+    def _check_pooling(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.pooling == "adaptive_mean" and self.pooling_output_size is None:
+            raise ValueError("pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)")
+        grid = self.patch_grid
+        for name in ("pooling_kernel_size", "image_pooling_kernel_size"):
+            kernel = getattr(self, name)
+            used = kernel is not None and (name.startswith("image") or self.pooling_output_size is None)
+            if used and any(k > n for k, n in zip(kernel[1:], grid)):
+                raise ValueError(
+                    f"{name} must fit into the {grid[0]} x {grid[1]} patches of a frame, got {kernel}; use a smaller "
+                    "one, or pooling_output_size"
+                )
+        if self.image_pooling_kernel_size is not None and self.image_pooling_kernel_size[0] != 1:
+            raise ValueError(
+                f"image_pooling_kernel_size must be one frame deep, got {self.image_pooling_kernel_size}; several would "
+                "mix the images of a list"
             )
         if not self.pooling_temperature > 0:
             got = self.pooling_temperature
             raise ValueError(f"pooling_temperature must be positive, got {got}; the original model uses 0.01")
-        if self.vision_chunk is not None and self.vision_chunk < 1:
-            raise ValueError(f"vision_chunk must be at least 1 frame, got {self.vision_chunk}; None is all at once")
-        vocabulary = self.text_config.vocab_size
-        if not 0 <= self.video_token_index < vocabulary:
-            raise ValueError(
-                f"video_token_index must be an id of text_config, 0 ... {vocabulary - 1}, got "
-                f"{self.video_token_index}; use the tokenizer's id of <video>, and a larger vocab_size if it was added"
-            )
+        if self.valuew_plus and not self.siglip:
+            raise ValueError("valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False")
+        size = _pair(self.vision_config.image_size)
+        for height, width in self.image_grid_pinpoints or ():
+            if height % size[0] or width % size[1] or height < 1 or width < 1:
+                raise ValueError(
+                    f"image_grid_pinpoints must be multiples of the {size[0]} x {size[1]} pixels of a view, got "
+                    f"{[height, width]}; round it"
+                )
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _tuple(size: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if size is None else tuple(size)
 
 
 __all__ = ["PPLlavaConfig"]

@@ -1,7 +1,9 @@
 """Named sizes with random weights: model, processor and tokenizers from nothing, without a network.
 
-`tiny` for tests, `small` for benchmarks on a CPU, `vicuna-7b` the real one. `small` has the token counts of `vicuna-7b`
-and spends its FLOPs in the same proportions (`flops`). Each has a peer: LLaVA-NeXT-Video of transformers, same sizes.
+`tiny`, `tiny-btadapter` and `tiny-qwen2` for tests: CLIP and Llama, the same with a BT-Adapter, SigLIP and Qwen2. `small`
+for benchmarks on a CPU. `vicuna-7b` and `qwen2-7b` are the real ones. `small` has the token counts of `vicuna-7b` and
+spends its FLOPs in the same proportions (`flops`). Those with CLIP have a peer: LLaVA-NeXT-Video of transformers, same
+sizes.
 """
 
 from __future__ import annotations
@@ -16,34 +18,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-
-from ppllava_kernels import pooled_size
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from .configuration_ppllava import PPLlavaConfig
 from .modeling_ppllava import PPLlavaForConditionalGeneration
 from .processing_ppllava import PPLlavaProcessor
+from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
 # The tokenizers: one token per byte, so any text encodes.
-PAD, BOS, EOS, VIDEO = "<pad>", "<s>", "</s>", "<video>"
-SPECIAL = {PAD: 0, BOS: 1, EOS: 2, VIDEO: 3}
+PAD, BOS, EOS, VIDEO, IMAGE = "<pad>", "<s>", "</s>", "<video>", "<image>"
+SPECIAL = {PAD: 0, BOS: 1, EOS: 2, VIDEO: 3, IMAGE: 4}
 GUIDE_SPECIAL = {"<|startoftext|>": 256, "<|endoftext|>": 257}  # after the bytes, as CLIP has them
-
-VICUNA_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for block in message['content'] %}{{ block['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endgeneration %}"
-    "{% elif message['content'] is string %}{{ message['content'] }} "
-    "{% else %}"
-    "{% for block in message['content'] %}"
-    "{% if block['type'] == 'video' %}<video>\n{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}"
-    "{% endfor %} "
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 def _clip(image_size: int, patch_size: int, hidden_size: int, layers: int, heads: int, projection_dim: int) -> dict:
@@ -90,12 +75,46 @@ def _llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, vo
     }
 
 
+def _siglip(
+    image_size: int, patch_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int
+) -> dict:
+    """Both towers, which have one width."""
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    vision = {"model_type": "siglip_vision_model", "image_size": image_size, "patch_size": patch_size}
+    text = {"model_type": "siglip_text_model", "max_position_embeddings": 196, "projection_size": hidden_size}
+    end = GUIDE_SPECIAL["<|endoftext|>"]
+    ids = {"bos_token_id": GUIDE_SPECIAL["<|startoftext|>"], "eos_token_id": end, "pad_token_id": end}
+    return {"vision_config": {**vision, **sizes}, "guide_config": {**text, **sizes, **ids, "vocab_size": 258}}
+
+
+def _qwen2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int, **kwargs) -> dict:
+    llama = _llama(hidden_size, intermediate_size, layers, heads, num_key_value_heads=kv_heads, **kwargs)
+    return {**llama, "model_type": "qwen2"}
+
+
+def _grids(size: int) -> list[list[int]]:
+    """LLaVA-NeXT's grids of views."""
+    return [[size * rows, size * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+_TINY = {
+    "vision_config": _clip(42, 7, hidden_size=32, layers=3, heads=2, projection_dim=16),
+    "guide_config": _guide(24, layers=2, heads=3, projection_dim=16),
+    # Weights large enough that one token changes the logits visibly.
+    "text_config": _llama(48, 96, layers=2, heads=4, num_key_value_heads=2, initializer_range=0.2),
+}
+_ADAPTER = {"model_type": "ppllava_btadapter_vision_model", "adapter_depth": 2, "adapter_max_frames": 64}
 _PRESETS = {
-    "tiny": {
-        "vision_config": _clip(42, 7, hidden_size=32, layers=3, heads=2, projection_dim=16),
-        "guide_config": _guide(24, layers=2, heads=3, projection_dim=16),
-        # Weights large enough that one token changes the logits visibly.
-        "text_config": _llama(48, 96, layers=2, heads=4, num_key_value_heads=2, initializer_range=0.2),
+    "tiny": _TINY,
+    "tiny-btadapter": {**_TINY, "vision_config": {**_TINY["vision_config"], **_ADAPTER}},
+    "tiny-qwen2": {
+        **_siglip(42, 7, hidden_size=32, intermediate_size=64, layers=3, heads=2),
+        "text_config": _qwen2(48, 96, layers=2, heads=4, kv_heads=2, initializer_range=0.2),
     },
     "small": {
         "vision_config": _clip(336, 14, hidden_size=128, layers=10, heads=2, projection_dim=64),
@@ -107,6 +126,12 @@ _PRESETS = {
         "guide_config": _guide(768, layers=12, heads=12, projection_dim=768, vocab_size=49408),
         "text_config": _llama(4096, 11008, layers=32, heads=32, vocab_size=32064, max_position_embeddings=4096),
     },
+    "qwen2-7b": {
+        **_siglip(384, 14, hidden_size=1152, intermediate_size=4304, layers=27, heads=16),
+        "text_config": _qwen2(
+            3584, 18944, layers=28, heads=28, kv_heads=4, vocab_size=152064, max_position_embeddings=32768
+        ),
+    },
 }
 NAMES = tuple(_PRESETS)
 
@@ -114,18 +139,28 @@ NAMES = tuple(_PRESETS)
 def preset_config(name: str) -> PPLlavaConfig:
     """The configuration of a preset; its token ids are those of the local tokenizers."""
     sizes = _sizes(name)
-    projection_dim = sizes["vision_config"]["projection_dim"]
-    return PPLlavaConfig(**sizes, projection_dim=projection_dim, video_token_index=SPECIAL[VIDEO])
+    vision = sizes["vision_config"]
+    siglip = vision["model_type"] == "siglip_vision_model"
+    return PPLlavaConfig(
+        **sizes,
+        projection_dim=vision["hidden_size" if siglip else "projection_dim"],
+        vision_feature_layer=-1 if siglip else -2,
+        image_grid_pinpoints=_grids(vision["image_size"]),
+        image_token_index=SPECIAL[IMAGE],
+        video_token_index=SPECIAL[VIDEO],
+    )
 
 
 def peer_config(name: str) -> LlavaNextVideoConfig:
     """LLaVA-NeXT-Video with the vision tower and the language model of a preset: 144 tokens a frame at 336 pixels."""
     sizes = _sizes(name)
+    if sizes["vision_config"]["model_type"] != "clip_vision_model":
+        raise ValueError(f"name must be a preset with a plain CLIP tower, got {name!r}; LLaVA-NeXT-Video has no other")
     return LlavaNextVideoConfig(
         vision_config=sizes["vision_config"],
         text_config=sizes["text_config"],
         video_token_index=SPECIAL[VIDEO],
-        image_token_index=sizes["text_config"]["vocab_size"] - 1,  # not used
+        image_token_index=SPECIAL[IMAGE],  # not used
     )
 
 
@@ -150,17 +185,20 @@ def build_peer(
 
 def build_processor(config: PPLlavaConfig) -> PPLlavaProcessor:
     """A processor with local tokenizers for a configuration of `preset_config`."""
+    qwen = config.text_config.model_type == "qwen2"
+    names = ("pooling", "pooling_kernel_size", "pooling_stride", "pooling_output_size", "image_grid_pinpoints")
+    normalise = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD} if config.siglip else {}
     return PPLlavaProcessor(
         _tokenizer(),
         _guide_tokenizer(),
         image_size=config.vision_config.image_size,
         patch_size=config.vision_config.patch_size,
-        pooling_kernel_size=config.pooling_kernel_size,
-        pooling_stride=config.pooling_stride,
-        pooling_output_size=config.pooling_output_size,
+        **{name: getattr(config, name) for name in (*names, "image_pooling_kernel_size", "image_pooling_stride")},
+        **normalise,
         guide_max_length=config.guide_config.max_position_embeddings,
-        video_token=VIDEO,
-        chat_template=VICUNA_TEMPLATE,
+        guide_padding="max_length" if config.siglip else "longest",
+        turn_markers=QWEN_MARKERS if qwen else VICUNA_MARKERS,
+        chat_template=QWEN_TEMPLATE if qwen else VICUNA_TEMPLATE,
     )
 
 
@@ -177,14 +215,23 @@ def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: in
         the last position. Attention counts all pairs of positions; elementwise work and the pooling are left out.
     """
     vision, guide, text = config.vision_config, config.guide_config, config.text_config
-    rows, columns = config.patch_grid
-    patches = frames * rows * columns
-    tokens = math.prod(pooled_size((frames, rows, columns), **config.pooling))
-    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size
-    frame = config.vision_layers * _encoder_layer(rows * columns + 1, vision.hidden_size, vision.intermediate_size)
-    linear_1 = 2 * patches * vision.hidden_size * text.hidden_size
+    grid, width = math.prod(config.patch_grid), vision.hidden_size
+    patches, positions = frames * grid, grid if config.siglip else grid + 1  # the class token
+    tokens = config.visual_pooling.video_tokens(frames)
+    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+    layer = _encoder_layer(positions, width, vision.intermediate_size)
+    adapter_layers = max(getattr(vision, "adapter_depth", 0) + config.vision_layers - vision.num_hidden_layers, 0)
+    # A spatial layer has one class token for all frames after its attention. A temporal layer attends over the frames of
+    # each patch, and has one more matrix.
+    spatial = frames * layer - (frames - 1) * 4 * width * vision.intermediate_size
+    temporal = 2 * patches * 5 * width**2 + 4 * patches * frames * width
+    tower = frames * config.vision_layers * layer + adapter_layers * (spatial + temporal)
+    linear_1 = 2 * patches * width * text.hidden_size
     linear_2 = 2 * tokens * text.hidden_size**2
-    project = 2 * (patches * vision.hidden_size + guide.hidden_size) * config.projection_dim
+    if config.siglip:
+        project = 2 * patches * width * (width + 2 * vision.intermediate_size) + 2 * guide.hidden_size * width
+    else:
+        project = 2 * (patches * width + guide.hidden_size) * config.projection_dim
     question = guide.num_hidden_layers * _encoder_layer(guide_tokens, guide.hidden_size, guide.intermediate_size)
     length = tokens + text_tokens
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -192,7 +239,7 @@ def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: in
     weights = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
     layer = 2 * length * weights + 4 * length**2 * queries
     return {
-        "vision_tower": embed + frames * frame,
+        "vision_tower": embed + tower,
         "projector": linear_1 + linear_2 + project + question,
         "language_model": text.num_hidden_layers * layer + 2 * text.hidden_size * text.vocab_size,
     }

@@ -1,40 +1,39 @@
-"""From videos and text to the inputs of the model: frames, placeholders, and the question that guides the pooling."""
+"""From images, videos and text to the inputs of the model: pixels, placeholders, the question that guides the pooling."""
 
 from __future__ import annotations
 
-import math
-import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ppllava_kernels import pooled_size
-
-from .sampling import sample_uniform
+from .pooling import VisualPooling
+from .preprocessing import as_frames, flatten_images, flatten_videos, read_frames, read_image, to_pixels
 
 
 class PPLlavaProcessor(ProcessorMixin):
-    """Tokenizers and frame preprocessing of PPLLaVA in one object that saves and loads itself.
+    """Tokenizers and preprocessing of PPLLaVA in one object that saves and loads itself.
 
     Args:
-        tokenizer: of the language model; knows `video_token` as one special token.
-        guide_tokenizer: of the CLIP text tower; adds BOS and EOS.
+        tokenizer: of the language model; knows `image_token` and `video_token` as one special token each.
+        guide_tokenizer: of the guide's text tower; adds its own special tokens.
         image_size, patch_size: of the vision tower.
-        pooling_kernel_size, pooling_stride, pooling_output_size: as in :class:`PPLlavaConfig`.
+        pooling, pooling_kernel_size, pooling_stride, pooling_output_size, image_pooling_kernel_size,
+            image_pooling_stride, image_grid_pinpoints: as in :class:`PPLlavaConfig`.
         resize_mode: "squash" makes every frame a square, as the original does; "crop" resizes the shorter edge and
-            crops the center. Bicubic.
+            crops the center. Bicubic. The views of an image are resized and padded, as in LLaVA-NeXT.
         image_mean, image_std: of RGB in 0 ... 1, by default CLIP's.
         num_frames: frames sampled from a file where a call names neither `num_frames` nor `fps`.
         guide_max_length: positions of the guide; a longer question loses its end.
-        video_token: the placeholder in prompts.
+        guide_padding: "longest" with an attention mask, for CLIP; "max_length" without one, for SigLIP, which was
+            trained so and pools the last position.
+        image_token, video_token: the placeholders in prompts.
         turn_markers: what a rendered prompt writes before a user's turn and after it; used to find the question of a
             plain `text` that came without `guide_text`.
     """
@@ -45,42 +44,67 @@ class PPLlavaProcessor(ProcessorMixin):
         guide_tokenizer=None,
         image_size: int = 336,
         patch_size: int = 14,
+        pooling: str = "prompt_guided",
         pooling_kernel_size: Sequence[int] = (2, 3, 3),
         pooling_stride: Sequence[int] | None = None,
         pooling_output_size: Sequence[int] | None = None,
+        image_pooling_kernel_size: Sequence[int] | None = None,
+        image_pooling_stride: Sequence[int] | None = None,
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
         resize_mode: Literal["squash", "crop"] = "squash",
         image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
         image_std: Sequence[float] = OPENAI_CLIP_STD,
         num_frames: int = 32,
         guide_max_length: int = 248,
+        guide_padding: Literal["longest", "max_length"] = "longest",
+        image_token: str = "<image>",
         video_token: str = "<video>",
         turn_markers: Sequence[str] = ("USER:", "ASSISTANT:"),
         chat_template: str | None = None,
     ) -> None:
         if resize_mode not in ("squash", "crop"):
             raise ValueError(f"resize_mode must be 'squash' or 'crop', got {resize_mode!r}; the original squashes")
+        if guide_padding not in ("longest", "max_length"):
+            raise ValueError(
+                f"guide_padding must be 'longest' or 'max_length', got {guide_padding!r}; CLIP takes the first"
+            )
         self.image_size, self.patch_size, self.resize_mode = image_size, patch_size, resize_mode
+        self.pooling = pooling
         self.pooling_kernel_size, self.pooling_stride = pooling_kernel_size, pooling_stride
         self.pooling_output_size = pooling_output_size
+        self.image_pooling_kernel_size, self.image_pooling_stride = image_pooling_kernel_size, image_pooling_stride
+        self.image_grid_pinpoints = [list(pinpoint) for pinpoint in image_grid_pinpoints or ()]
         self.image_mean, self.image_std = list(image_mean), list(image_std)
-        self.num_frames, self.guide_max_length = num_frames, guide_max_length
-        self.video_token, self.turn_markers = video_token, list(turn_markers)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
-        if self.video_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(
-                f"tokenizer must know video_token {video_token!r} as one token, got none; add it with "
-                "tokenizer.add_tokens([video_token], special_tokens=True)"
-            )
+        self.num_frames, self.guide_max_length, self.guide_padding = num_frames, guide_max_length, guide_padding
+        self.image_token, self.video_token, self.turn_markers = image_token, video_token, list(turn_markers)
+        self.image_token_id = self._token_id(tokenizer, "image_token")
+        self.video_token_id = self._token_id(tokenizer, "video_token")
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
 
     @property
     def model_input_names(self) -> list[str]:
+        images = ["pixel_values", "image_sizes", "image_views", "image_groups"]
         guide = ["guide_input_ids", "guide_attention_mask"]
-        return [*self.tokenizer.model_input_names, "pixel_values_videos", "video_frames", *guide]
+        return [*self.tokenizer.model_input_names, *images, "pixel_values_videos", "video_frames", *guide]
+
+    @property
+    def visual_pooling(self) -> VisualPooling:
+        """The pooling as the model computes it."""
+        return VisualPooling(
+            mode=self.pooling,
+            grid=(self.image_size // self.patch_size,) * 2,
+            view_size=self.image_size,
+            kernel_size=self.pooling_kernel_size,
+            stride=self.pooling_stride,
+            output_size=self.pooling_output_size,
+            image_kernel_size=self.image_pooling_kernel_size,
+            image_stride=self.image_pooling_stride,
+            grid_pinpoints=tuple(tuple(pinpoint) for pinpoint in self.image_grid_pinpoints),
+        )
 
     def __call__(
         self,
-        images: None = None,
+        images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
         audio: None = None,
@@ -95,10 +119,13 @@ class PPLlavaProcessor(ProcessorMixin):
         videos_kwargs: dict | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Prompts, and the videos of all prompts in the order of their `<video>` tokens.
+        """Prompts, and the images and videos of all prompts in the order of their placeholders.
 
         Args:
-            text: one prompt or a list of N; each `<video>` stands for one video.
+            text: one prompt or a list of N; each `<image>` stands for one image, each `<video>` for one video.
+            images: I images, flat or nested by prompt. One image is a path, a PIL image, or uint8 [H, W, 3] or
+                [3, H, W] as numpy or torch. The only image of a prompt is cut into high-resolution views; several are an
+                image list: one view each, compressed together.
             videos: B videos, flat or nested by prompt. One video is a path, a :class:`ppllava.video.VideoClip`, uint8
                 frames [T, H, W, 3] or [T, 3, H, W] as numpy or torch (where both fit, the channels are last), or a list
                 of PIL images or [H, W, 3] arrays.
@@ -111,39 +138,42 @@ class PPLlavaProcessor(ProcessorMixin):
             text_kwargs, kwargs: for the tokenizer. `padding` is on by default.
 
         Returns:
-            input_ids, attention_mask int64 [N, S]; with videos also pixel_values_videos float32 [F, 3, S, S], the
-            frames of all videos packed, video_frames int64 [B], guide_input_ids and guide_attention_mask int64 [B, L].
+            input_ids, attention_mask int64 [N, S]; with images pixel_values float32 [V, 3, S, S], the views of all
+            images packed, image_sizes int64 [I, 2], image_views int64 [I], image_groups int64 [G]; with videos
+            pixel_values_videos float32 [F, 3, S, S], the frames of all videos packed, video_frames int64 [B]; with
+            either guide_input_ids and, for CLIP, guide_attention_mask int64 [G + B, L], where the pooling is guided.
 
         Raises:
             ValueError: for input outside of the above; the message says what to do.
             TypeError: for `num_frames` that is not an integer.
         """
-        if images is not None or audio is not None:
-            raise ValueError("images and audio are not supported yet, only text and videos; pass frames as videos")
+        if audio is not None:
+            raise ValueError("audio is not supported, only text, images and videos; leave it out")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}; the model takes torch tensors only")
         prompts = self._prompts(text)
-        clips = [] if videos is None else list(_flatten(videos))
-        counts = [prompt.count(self.video_token) for prompt in prompts]
-        if sum(counts) != len(clips):
-            raise ValueError(
-                f"text must hold one {self.video_token} for each video, got {sum(counts)} of them and {len(clips)} "
-                "videos; write one where each video belongs"
-            )
-        data: dict[str, Any] = {}
-        offsets: list = []
+        pictures = [] if images is None else flatten_images(images)
+        clips = [] if videos is None else flatten_videos(videos)
+        image_counts = self._counts(prompts, "image", images, pictures)
+        video_counts = self._counts(prompts, "video", videos, clips)
+        data, image_runs, video_runs = {}, [], []
+        if pictures:
+            inputs, image_runs = self._images(pictures, [n for n in image_counts if n])
+            data.update(inputs)
         if clips:
             options = {"num_frames": num_frames, "fps": fps, **(videos_kwargs or {})}
             pixels = [self.preprocess_video(clip, options.get("num_frames"), options.get("fps")) for clip in clips]
-            guides = self._guides(prompts, guide_text)
             data["pixel_values_videos"] = torch.cat(pixels)  # [F, 3, S, S]
             data["video_frames"] = torch.tensor([len(clip) for clip in pixels])  # [B]
-            data.update(self._tokenize_guide([guide for guide, n in zip(guides, counts) for _ in range(n)]))
-            placeholders = [self.video_token * self.num_video_tokens(len(clip)) for clip in pixels]
-            prompts, offsets = self.get_text_with_replacements(list(prompts), videos_replacements=placeholders)
+            video_runs = [self.video_token * self.num_video_tokens(len(clip)) for clip in pixels]
+        if data and self.visual_pooling.guided:
+            guides = self._guides(prompts, guide_text, [a + b for a, b in zip(image_counts, video_counts)])
+            rows = [guide for guide, n in zip(guides, image_counts) if n]  # one for each group
+            data.update(self._tokenize_guide(rows + [g for g, n in zip(guides, video_counts) for _ in range(n)]))
+        prompts, offsets = self.get_text_with_replacements(list(prompts), image_runs, video_runs)
         options = {"padding": True, **kwargs, **(text_kwargs or {}), "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **options)
-        self._check_special_mm_tokens(prompts, tokens, modalities=["video"])
+        self._check_special_mm_tokens(prompts, tokens, modalities=["image", "video"])
         if return_text_replacement_offsets:
             data["text_replacement_offsets"] = offsets
         return BatchFeature({**tokens, **data})
@@ -162,43 +192,87 @@ class PPLlavaProcessor(ProcessorMixin):
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Visual tokens of a clip of `num_frames`: what the model's pooling leaves of it."""
-        grid = self.image_size // self.patch_size
-        if self.pooling_output_size is not None:
-            return math.prod(pooled_size((num_frames, grid, grid), output_size=self.pooling_output_size))
-        return math.prod(pooled_size((num_frames, grid, grid), self.pooling_kernel_size, self.pooling_stride))
+        return self.visual_pooling.video_tokens(num_frames)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Visual tokens of the only image of a prompt, of so many pixels."""
+        views = 1
+        if self.image_grid_pinpoints:
+            rows, columns = self.visual_pooling.view_grid((height, width))
+            views += rows * columns
+        return self.visual_pooling.image_tokens((height, width), views)
 
     def preprocess_video(self, video: Any, num_frames: int | None = None, fps: float | None = None) -> Tensor:
         """One video, in any of the forms of `__call__`, as pixel values float32 [T, 3, S, S]."""
-        frames = self._frames(video, num_frames, fps)  # uint8 [T, 3, H, W]
-        height, width, edge = *frames.shape[2:], self.image_size
-        size = (edge, edge)
-        if self.resize_mode == "crop":
-            shorter = min(height, width)
-            size = (height * edge // shorter, width * edge // shorter)
-        # uint8 in, uint8 out, as Pillow resizes: the same within two levels on natural frames, five times as fast.
-        frames = torch.nn.functional.interpolate(frames, size=size, mode="bicubic", antialias=True)
-        top, left = (size[0] - edge) // 2, (size[1] - edge) // 2
-        frames = frames[:, :, top : top + edge, left : left + edge]
-        mean = 255 * torch.tensor(self.image_mean).view(3, 1, 1)
-        std = 255 * torch.tensor(self.image_std).view(3, 1, 1)
-        return ((frames - mean) / std).contiguous()  # [T, 3, S, S]
+        return self._pixels(read_frames(video, num_frames, fps, self.num_frames))
 
-    def _frames(self, video: Any, num_frames: int | None, fps: float | None) -> Tensor:
-        """uint8 [T, 3, H, W]."""
-        if isinstance(video, (str, os.PathLike)):
-            from .video import read_video  # needs PyAV, which decoded frames do not
+    def preprocess_image(self, image: Any, views: bool = True) -> Tensor:
+        """One image, in any of the forms of `__call__`, as pixel values float32 [views, 3, S, S]: the whole image, and
+        with `views` the grid that `image_grid_pinpoints` gives it, row by row."""
+        image = read_image(image)
+        if not (views and self.image_grid_pinpoints):
+            return self._pixels(as_frames(image))
+        edge = {"height": self.image_size, "width": self.image_size}
+        cut = LlavaNextImageProcessorPil(
+            size=edge,
+            crop_size=edge,
+            image_grid_pinpoints=self.image_grid_pinpoints,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            do_pad=False,
+        )
+        return torch.from_numpy(cut(image)["pixel_values"][0]).float()
 
-            count = self.num_frames if num_frames is None and fps is None else num_frames
-            frames = torch.from_numpy(read_video(video, num_frames=count, fps=fps).frames)  # [T, H, W, 3]
-        else:
-            if fps is not None:
-                raise ValueError(f"fps={fps} needs the times of a file, got decoded frames; pass a path, or num_frames")
-            frames = _as_tensor(getattr(video, "frames", video))
-            if num_frames is not None:
-                if isinstance(num_frames, bool) or not isinstance(num_frames, Integral):
-                    raise TypeError(f"num_frames must be an int, got {num_frames!r}; pass for example 32")
-                frames = frames[sample_uniform(num_frames, len(frames))]
-        return frames.permute(0, 3, 1, 2) if frames.shape[-1] == 3 else frames
+    def _images(self, images: list, groups: list[int]) -> tuple[dict[str, Tensor], list[str]]:
+        """(the model's inputs, the placeholders of each image) of images in groups."""
+        pixels, sizes, tokens = [], [], []
+        for count in groups:
+            for image in (read_image(images[len(sizes) + i]) for i in range(count)):
+                pixels.append(self.preprocess_image(image, views=count == 1))
+                size = (image.height, image.width)
+                tokens.append(self.visual_pooling.image_tokens(size, len(pixels[-1]), in_list=count > 1))
+                sizes.append(size)
+        inputs = {
+            "pixel_values": torch.cat(pixels),  # [V, 3, S, S]
+            "image_sizes": torch.tensor(sizes),  # [I, 2]
+            "image_views": torch.tensor([len(views) for views in pixels]),  # [I]
+            "image_groups": torch.tensor(groups),  # [G]
+        }
+        return inputs, [self.image_token * n for n in tokens]
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        return to_pixels(frames, self.image_size, self.image_mean, self.image_std, self.resize_mode)
+
+    def _token_id(self, tokenizer: Any, name: str) -> int:
+        token = getattr(self, name)
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"tokenizer must know {name} {token!r} as one token, got none; add it with "
+                f"tokenizer.add_tokens([{name}], special_tokens=True)"
+            )
+        return found
+
+    def _counts(self, prompts: list[str], kind: str, given: Any, media: list) -> list[int]:
+        """How many placeholders each prompt has."""
+        token = getattr(self, f"{kind}_token")
+        counts = [prompt.count(token) for prompt in prompts]
+        if sum(counts) != len(media):
+            raise ValueError(
+                f"text must hold one {token} for each {kind}, got {sum(counts)} of them and {len(media)} {kind}s; write "
+                f"one where each {kind} belongs"
+            )
+        flatten = flatten_images if kind == "image" else flatten_videos
+        if media and len(prompts) > 1 and isinstance(given, (list, tuple)) and len(given) == len(prompts):
+            # Nested by prompt, unless one of them is a single image or video: then the list is flat.
+            lengths = [len(flatten(one)) if isinstance(one, (list, tuple)) else -1 for one in given]
+            flat = -1 in lengths or all(n == 1 for n in lengths)
+            if not flat and lengths != counts:
+                raise ValueError(
+                    f"text must hold one {token} for each {kind} of its prompt, got {counts} of them and {lengths} "
+                    f"{kind}s; write one where each {kind} belongs"
+                )
+        return counts
 
     def _prompts(self, text: Any) -> list[str]:
         prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
@@ -207,20 +281,28 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError(f"text must be a prompt or a list of prompts, got {got}; {self.video_token} marks a video")
         return prompts
 
-    def _guides(self, prompts: list[str], guide_text: str | Sequence[str] | None) -> list[str]:
+    def _guides(self, prompts: list[str], guide_text: str | Sequence[str] | None, counts: list[int]) -> list[str]:
         """The question of each prompt."""
         if guide_text is None:
-            return [self._last_turn(prompt) for prompt in prompts]
-        guides = [guide_text] * len(prompts) if isinstance(guide_text, str) else list(guide_text)
+            guides = [self._last_turn(prompt) for prompt in prompts]
+        else:
+            guides = [guide_text] * len(prompts) if isinstance(guide_text, str) else list(guide_text)
         if len(guides) != len(prompts):
             raise ValueError(
                 f"guide_text must be one question, or one for each of the {len(prompts)} prompts, got {len(guides)}"
             )
+        for i, (guide, count) in enumerate(zip(guides, counts)):
+            if count and not guide.strip():
+                raise ValueError(
+                    f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a question, "
+                    "or pass guide_text"
+                )
         return guides
 
     def _last_turn(self, prompt: str) -> str:
         before, after = self.turn_markers
-        return prompt.rpartition(before)[2].partition(after)[0].replace(self.video_token, "").strip()
+        turn = prompt.rpartition(before)[2].partition(after)[0]
+        return turn.replace(self.image_token, "").replace(self.video_token, "").strip()
 
     def _tokenize_guide(self, guides: list[str]) -> dict[str, Tensor]:
         """guide_input_ids and guide_attention_mask [B, L]; a question that is too long keeps its start and EOS."""
@@ -235,8 +317,18 @@ class PPLlavaProcessor(ProcessorMixin):
                 )
                 ids = [*ids[: limit - 1], ids[-1]]
             rows.append(ids)
-        padded = self.guide_tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        return {"guide_input_ids": padded["input_ids"], "guide_attention_mask": padded["attention_mask"]}
+        padded = self.guide_tokenizer.pad(
+            {"input_ids": rows},
+            padding=self.guide_padding,
+            max_length=limit,
+            padding_side="right",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        inputs = {"guide_input_ids": padded["input_ids"]}
+        if self.guide_padding == "longest":
+            inputs["guide_attention_mask"] = padded["attention_mask"]
+        return inputs
 
 
 def _question(messages: Any) -> str:
@@ -246,47 +338,6 @@ def _question(messages: Any) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(block["text"] for block in content if block.get("type") == "text")
-
-
-def _flatten(videos: Any) -> Iterator[Any]:
-    """The single videos in nested lists of videos."""
-    if _is_clip(videos):
-        yield videos
-    elif isinstance(videos, (list, tuple)) or getattr(videos, "ndim", 0) > 4:
-        for video in videos:
-            yield from _flatten(video)
-    else:
-        got = f"shape {list(videos.shape)}" if hasattr(videos, "shape") else type(videos).__name__
-        raise ValueError(
-            f"a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images, got {got}; "
-            "add the axis of the frames to a single image"
-        )
-
-
-def _is_clip(video: Any) -> bool:
-    if isinstance(video, (list, tuple)) and not hasattr(video, "frames"):
-        return len(video) > 0 and (hasattr(video[0], "convert") or getattr(video[0], "ndim", 0) == 3)
-    return isinstance(video, (str, os.PathLike)) or hasattr(video, "frames") or getattr(video, "ndim", 0) == 4
-
-
-def _as_tensor(frames: Any) -> Tensor:
-    """Decoded frames as uint8 [T, H, W, 3] or [T, 3, H, W]."""
-    if isinstance(frames, (list, tuple)):
-        images = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in frames]
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1:
-            raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}; resize them to one")
-        frames = np.stack(images)
-    if isinstance(frames, np.ndarray):
-        frames = torch.from_numpy(
-            np.require(frames, requirements=("C", "W"))
-        )  # torch takes no read-only or flipped views
-    if frames.dtype != torch.uint8 or 3 not in (frames.shape[-1], frames.shape[1]) or not len(frames):
-        raise ValueError(
-            f"the frames of a video must be uint8 [T, H, W, 3] or [T, 3, H, W] in 0 ... 255, got {frames.dtype} of "
-            f"shape {list(frames.shape)}; convert them to uint8 RGB"
-        )
-    return frames
 
 
 __all__ = ["PPLlavaProcessor"]

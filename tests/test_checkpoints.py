@@ -12,6 +12,7 @@ from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaModel
 
 INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 BIAS = "model.multi_modal_projector.linear_1.bias"
+HEAD = "model.language_model.lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def test_base_model_and_config_load(folder):
     assert isinstance(AutoConfig.from_pretrained(folder), PPLlavaConfig)
     model = AutoModel.from_pretrained(folder)
     assert isinstance(model, PPLlavaModel)
-    assert torch.equal(model.logit_scale, tiny()[0].model.logit_scale)
+    assert torch.equal(model.guide.logit_scale, tiny()[0].model.guide.logit_scale)
 
 
 def test_loading_in_bfloat16_keeps_the_scale(folder):
     model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-    assert model.model.logit_scale.dtype == torch.float32
+    assert model.model.guide.logit_scale.dtype == torch.float32
     assert {p.dtype for name, p in model.named_parameters() if "logit_scale" not in name} == {torch.bfloat16}
 
 
@@ -74,12 +75,12 @@ def test_shards_and_a_state_dict(tmp_path):
 def test_tied_weights(tmp_path):
     model = fresh(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "whole")
-    assert "lm_head.weight" not in load_file(tmp_path / "whole" / "model.safetensors")
+    assert HEAD not in load_file(tmp_path / "whole" / "model.safetensors")
     model.model.save_pretrained(tmp_path / "base")
     for name in ("whole", "base"):
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
-        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
-        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        assert torch.equal(loaded.get_parameter(HEAD), model.get_parameter(HEAD))
         assert isinstance(AutoModel.from_pretrained(tmp_path / name), PPLlavaModel)
 
 
@@ -116,13 +117,13 @@ RANDOM = ", or pass ignore_mismatched_sizes=True to make the mis-shaped ones ran
     ("weights", "got", "remedy"),
     [
         ({BIAS: None}, f"1 missing: {BIAS}", ""),
-        ({"lm_head.weight": None}, "1 missing: lm_head.weight", ""),
+        ({HEAD: None}, f"1 missing: {HEAD}", ""),
         ({"extra": torch.ones(1)}, "1 unexpected: extra", ""),
         ({"lm_head.bias": torch.ones(320)}, "1 unexpected: lm_head.bias", ""),
         ({BIAS: torch.ones(3)}, f"1 mis-shaped: {BIAS} [3] instead of [48]", RANDOM),
         (
-            {"extra.b": torch.ones(1), "extra.a": torch.ones(1), BIAS: None, "model.logit_scale": torch.ones(2)},
-            f"1 missing: {BIAS}; 2 unexpected: extra.a, extra.b; 1 mis-shaped: model.logit_scale [2] instead of []",
+            {"extra.b": torch.ones(1), "extra.a": torch.ones(1), BIAS: None, "model.guide.logit_scale": torch.ones(2)},
+            f"1 missing: {BIAS}; 2 unexpected: extra.a, extra.b; 1 mis-shaped: model.guide.logit_scale [2] instead of []",
             RANDOM,
         ),
     ],
@@ -154,10 +155,23 @@ def test_many_wrong_weights_are_counted(changed):
         PPLlavaForConditionalGeneration.from_pretrained(folder)
 
 
-def test_the_head_is_not_in_a_base_model(tmp_path):
+def test_a_base_model_has_the_head_too(tmp_path):
     tiny()[0].model.save_pretrained(tmp_path)
-    with error(tmp_path, "1 missing: lm_head.weight"):
-        PPLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = PPLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_parameter(HEAD), tiny()[0].get_parameter(HEAD))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_are_numbers(changed, value):
+    weight = tiny()[0].get_parameter(BIAS).detach().clone()
+    weight[7] = value
+    folder = changed({BIAS: weight})
+    message = (
+        f"the weights in {str(folder)!r} must be finite numbers, got NaN or infinity in 1: {BIAS}; download or convert "
+        "them again"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        PPLlavaForConditionalGeneration.from_pretrained(folder)
 
 
 def test_ignore_mismatched_sizes_ignores_nothing_else(changed):
@@ -165,6 +179,6 @@ def test_ignore_mismatched_sizes_ignores_nothing_else(changed):
     model, info = AutoModelForImageTextToText.from_pretrained(changed({BIAS: torch.ones(3)}), **ignore)
     assert model.get_parameter(BIAS).shape == (48,)
     assert {name for name, *_ in info["mismatched_keys"]} == {BIAS}
-    folder = changed({BIAS: torch.ones(3), "lm_head.weight": None})
-    with error(folder, "1 missing: lm_head.weight"):
+    folder = changed({BIAS: torch.ones(3), HEAD: None})
+    with error(folder, f"1 missing: {HEAD}"):
         AutoModelForImageTextToText.from_pretrained(folder, **ignore)

@@ -7,6 +7,7 @@ import pytest
 from transformers import Qwen2Config
 
 from ppllava import PPLlavaConfig
+from ppllava.pooling import Window
 
 
 def test_defaults_are_the_7b_model():
@@ -15,8 +16,9 @@ def test_defaults_are_the_7b_model():
     assert config.vision_layers == 23
     assert config.guide_config.max_position_embeddings == 248
     assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (4096, 32)
-    assert config.pooling == {"kernel_size": [2, 3, 3], "stride": None}
-    assert config.video_token_id == config.video_token_index == 32000
+    assert (config.pooling, config.pooling_kernel_size, config.pooling_stride) == ("prompt_guided", [2, 3, 3], None)
+    assert config.image_token_id == config.image_token_index == 32000
+    assert config.video_token_id == config.video_token_index == 32002
 
 
 def test_config_survives_json():
@@ -26,21 +28,53 @@ def test_config_survives_json():
     again = PPLlavaConfig(**json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
     assert isinstance(again.text_config, Qwen2Config)
-    assert again.pooling == {"output_size": [4, 8, 8]}
+    assert again.visual_pooling == config.visual_pooling
+    assert again.visual_pooling.video_window(9) == Window(output_size=(4, 8, 8))
 
 
 TINY_CLIP = {"num_hidden_layers": 3, "image_size": 42, "patch_size": 7}
 CONFIG_ERRORS = [
     (
-        {"vision_config": {"model_type": "siglip_vision_model"}},
-        "vision_config must have model_type 'clip_vision_model', got 'siglip_vision_model'; use "
-        "the towers of a CLIP model, "
-        "the only guide supported",
+        {"vision_config": {"model_type": "dinov2"}},
+        "vision_config must have one of the model types clip_vision_model, ppllava_btadapter_vision_model, "
+        "siglip_vision_model, got 'dinov2'; use the tower of a CLIP or SigLIP model",
     ),
     (
         {"guide_config": {"model_type": "siglip_text_model"}},
-        "guide_config must have model_type 'clip_text_model', got 'siglip_text_model'; use the towers of a CLIP model, "
-        "the only guide supported",
+        "guide_config must have model_type 'clip_text_model' to match vision_config, got 'siglip_text_model'; use both "
+        "towers of one CLIP or SigLIP model",
+    ),
+    (
+        {"vision_config": {"model_type": "siglip_vision_model"}},
+        "guide_config must have model_type 'siglip_text_model' to match vision_config, got 'clip_text_model'; use both "
+        "towers of one CLIP or SigLIP model",
+    ),
+    (
+        {"pooling": "average"},
+        "pooling must be one of prompt_guided, adaptive_mean, temporal_mean, none, got 'average'",
+    ),
+    (
+        {"pooling": "adaptive_mean"},
+        "pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)",
+    ),
+    (
+        {"image_pooling_kernel_size": [2, 3, 3]},
+        "image_pooling_kernel_size must be one frame deep, got [2, 3, 3]; several would mix the images of a list",
+    ),
+    (
+        {"image_pooling_kernel_size": [1, 3, 7], "vision_config": TINY_CLIP},
+        "image_pooling_kernel_size must fit into the 6 x 6 patches of a frame, got [1, 3, 7]; use a smaller one, or "
+        "pooling_output_size",
+    ),
+    ({"valuew_plus": True}, "valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False"),
+    (
+        {"image_grid_pinpoints": [[336, 672], [300, 336]]},
+        "image_grid_pinpoints must be multiples of the 336 x 336 pixels of a view, got [300, 336]; round it",
+    ),
+    (
+        {"video_token_index": 32000},
+        "image_token_index and video_token_index must differ, got 32000 for both; add a token to the tokenizer for one of "
+        "them",
     ),
     (
         {"vision_feature_layer": -4, "vision_config": TINY_CLIP},

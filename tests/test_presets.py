@@ -8,7 +8,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppllava import presets
-from ppllava_kernels import pooled_size
 
 
 def test_small_spends_its_flops_as_the_7b_model():
@@ -22,7 +21,8 @@ def test_small_spends_its_flops_as_the_7b_model():
 def test_small_has_the_tokens_of_the_7b_model():
     for name in ("small", "vicuna-7b"):
         config = presets.preset_config(name)
-        assert pooled_size((32, *config.patch_grid), **config.pooling) == (16, 8, 8)
+        pooling = config.visual_pooling
+        assert pooling.pooled_size(32, pooling.video_window(32)) == (16, 8, 8)
         assert presets.build_processor(config).num_video_tokens(32) == 1024
 
 
@@ -33,8 +33,9 @@ def test_small_widths_suit_the_kernels():
 
 
 @pytest.mark.parametrize("frames", [2, 7])
-def test_flops_are_what_torch_counts(frames):
-    model, processor = presets.build("tiny")
+@pytest.mark.parametrize("name", ["tiny", "tiny-btadapter", "tiny-qwen2"])
+def test_flops_are_what_torch_counts(name, frames):
+    model, processor = presets.build(name)
     model.set_attn_implementation("eager")
     video = torch.zeros(frames, 42, 42, 3, dtype=torch.uint8)
     inputs = processor(text="USER: <video>\nWhat? ASSISTANT:", videos=video)
@@ -61,7 +62,8 @@ def test_weights_depend_on_the_seed_only(what):
     torch.manual_seed(6)
     second, other = build(0).state_dict(), build(1).state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    head = next(name for name in first if name.endswith("lm_head.weight"))
+    assert not torch.equal(first[head], other[head])
 
 
 def test_no_network(monkeypatch):
@@ -78,6 +80,8 @@ def test_the_7b_model_has_7b_parameters():
     model, _ = presets.build("vicuna-7b", dtype=torch.bfloat16, device="meta")
     count = sum(parameter.numel() for parameter in model.parameters())
     assert 7.1e9 < count < 7.3e9
+    model, _ = presets.build("qwen2-7b", dtype=torch.bfloat16, device="meta")
+    assert 8.3e9 < sum(parameter.numel() for parameter in model.parameters()) < 8.6e9
     peer = presets.build_peer("vicuna-7b", device="meta")
     assert 7.0e9 < sum(parameter.numel() for parameter in peer.parameters()) < 7.1e9
 
@@ -103,6 +107,6 @@ def test_peer_sees_144_tokens_a_frame():
 
 @pytest.mark.parametrize("call", [presets.build, presets.build_peer, presets.preset_config, presets.peer_config])
 def test_unknown_name(call):
-    message = "name must be one of tiny, small, vicuna-7b, got 'huge'"
+    message = "name must be one of tiny, tiny-btadapter, tiny-qwen2, small, vicuna-7b, qwen2-7b, got 'huge'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call("huge")

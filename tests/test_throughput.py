@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppllava import modeling_ppllava, presets
+from ppllava import presets, projector
 from ppllava_kernels import pooled_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -156,12 +156,12 @@ def test_the_peer_runs_as_it_comes_and_with_all_settings_of_ours():
 
 
 def test_a_wrong_op_gets_no_time(monkeypatch, tmp_path, capsys):
-    op = modeling_ppllava.prompt_guided_pool3d
+    op = projector.prompt_guided_pool3d
 
     def uniform(*args, **kwargs):
         return op(*args, **{**kwargs, "temperature": 1e3})
 
-    monkeypatch.setattr(modeling_ppllava, "prompt_guided_pool3d", uniform)
+    monkeypatch.setattr(projector, "prompt_guided_pool3d", uniform)
     assert command(tmp_path, "--frames", "4", "--repeats", "1") == 1
     rows = rows_of(tmp_path)
     assert rows[4, PPLLAVA]["status"] == "wrong"

@@ -1,0 +1,113 @@
+"""From the images and videos of a batch to clips: frames that share one softmax, packed one after the other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pooling import VisualPooling, Window
+
+
+class Clip(NamedTuple):
+    """Consecutive frames that share one softmax: a video, an image with its views, or a list of images.
+
+    frames  how many
+    window  of the pooling
+    sizes   (height, width) of the images before preprocessing; none for a video
+    """
+
+    frames: int
+    window: Window
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def in_list(self) -> bool:
+        return len(self.sizes) > 1
+
+    @property
+    def tower_frames(self) -> list[int]:
+        """Frames of each clip that a vision tower with an adapter sees: the views of an image are one frame each."""
+        return [1] * self.frames if len(self.sizes) == 1 else [self.frames]
+
+
+def pack_videos(
+    pixel_values_videos: Tensor, video_frames: Tensor | None, pooling: VisualPooling
+) -> tuple[Tensor, list[Clip]]:
+    """(pixel_values [F, 3, S, S], clips) for packed frames as well as for [B, T, 3, S, S]."""
+    _check_floating("pixel_values_videos", pixel_values_videos)
+    shape = list(pixel_values_videos.shape)
+    if video_frames is None:
+        if len(shape) != 5:
+            raise ValueError(
+                f"pixel_values_videos must be [B, T, 3, S, S] where video_frames is None, got shape {shape}; "
+                "pass the number of frames of each video to pack videos as [F, 3, S, S]"
+            )
+        return pixel_values_videos.flatten(0, 1), [Clip(shape[1], pooling.video_window(shape[1]))] * shape[0]
+    frames = torch.as_tensor(video_frames).tolist()
+    if len(shape) != 4 or sum(frames) != shape[0] or min(frames, default=0) < 1:
+        raise ValueError(
+            f"pixel_values_videos must be [F, 3, S, S] with F = {sum(frames)}, the sum of video_frames, each at least "
+            f"1, got shape {shape} and video_frames {frames}; concatenate the frames of all videos"
+        )
+    return pixel_values_videos, [Clip(n, pooling.video_window(n)) for n in frames]
+
+
+def pack_images(
+    pixel_values: Tensor,
+    image_sizes: Tensor | None,
+    image_views: Tensor | None,
+    image_groups: Tensor | None,
+    pooling: VisualPooling,
+) -> tuple[Tensor, list[Clip]]:
+    """(pixel_values [V, 3, S, S], one clip for each group) for packed views."""
+    _check_floating("pixel_values", pixel_values)
+    views = [1] * len(pixel_values) if image_views is None else torch.as_tensor(image_views).tolist()  # [I]
+    groups = [1] * len(views) if image_groups is None else torch.as_tensor(image_groups).tolist()  # [G]
+    # Only the grid of an image in several views depends on its size.
+    sizes = [(pooling.view_size,) * 2] * len(views) if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+    shape = list(pixel_values.shape)
+    if len(shape) != 4 or sum(views) != shape[0] or min(views, default=0) < 1:
+        raise ValueError(
+            f"pixel_values must be [V, 3, S, S] with V = {sum(views)}, the sum of image_views, each at least 1, got shape "
+            f"{shape} and image_views {views}; concatenate the views of all images"
+        )
+    if sum(groups) != len(views) or min(groups, default=0) < 1 or len(sizes) != len(views):
+        raise ValueError(
+            f"image_groups must sum to the {len(views)} images of image_views, and image_sizes have one row for each, got "
+            f"image_groups {groups} and {len(sizes)} rows; pass them as PPLlavaProcessor makes them"
+        )
+    clips, start = [], 0
+    for count in groups:
+        end = start + count
+        _check_views(views[start:end], sizes[start:end], pooling)
+        images = tuple(tuple(size) for size in sizes[start:end])
+        clips.append(Clip(sum(views[start:end]), pooling.image_window(), images))
+        start = end
+    return pixel_values, clips
+
+
+def _check_views(views: list[int], sizes: list, pooling: VisualPooling) -> None:
+    if len(views) > 1 and max(views) > 1:
+        raise ValueError(
+            f"image_views must be 1 for each image of a list, got {views}; give each image a group of its own for views"
+        )
+    if len(views) == 1 and views[0] > 1:
+        rows, columns = pooling.view_grid(sizes[0]) if pooling.grid_pinpoints else (0, 0)
+        if views[0] != 1 + rows * columns:
+            raise ValueError(
+                f"image_views must be 1, or 1 + {rows} * {columns} for an image of {sizes[0][0]} x {sizes[0][1]} pixels, "
+                f"got {views[0]}; let PPLlavaProcessor cut it, with the image_grid_pinpoints of the model"
+            )
+
+
+def _check_floating(name: str, pixels: Tensor) -> None:
+    if not pixels.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point, normalised as the vision tower wants it, got {pixels.dtype}; let "
+            "PPLlavaProcessor make it"
+        )
+
+
+__all__ = ["Clip", "pack_images", "pack_videos"]

@@ -1,0 +1,149 @@
+"""From images and frames in any form to pixel values of the vision tower."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_utils import load_image
+
+from .sampling import sample_uniform
+
+
+def flatten_videos(videos: Any) -> list[Any]:
+    """The single videos in nested lists of videos."""
+    return list(
+        _flatten(
+            videos,
+            _is_clip,
+            4,
+            "a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images",
+            "add the axis of the frames to a single image",
+        )
+    )
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """The single images in nested lists of images."""
+    return list(
+        _flatten(
+            images,
+            _is_image,
+            3,
+            "an image must be a path, a PIL image, uint8 [H, W, 3] or a tensor [3, H, W]",
+            "pass frames as videos",
+        )
+    )
+
+
+def read_frames(video: Any, num_frames: int | None, fps: float | None, default: int) -> Tensor:
+    """A video in any form as uint8 [T, 3, H, W]; `default` frames of a file where neither count nor rate is given."""
+    if isinstance(video, (str, os.PathLike)):
+        from .video import read_video  # needs PyAV, which decoded frames do not
+
+        count = default if num_frames is None and fps is None else num_frames
+        frames = torch.from_numpy(read_video(video, num_frames=count, fps=fps).frames)  # [T, H, W, 3]
+    else:
+        if fps is not None:
+            raise ValueError(f"fps={fps} needs the times of a file, got decoded frames; pass a path, or num_frames")
+        frames = _as_tensor(getattr(video, "frames", video))
+        if num_frames is not None:
+            if isinstance(num_frames, bool) or not isinstance(num_frames, Integral):
+                raise TypeError(f"num_frames must be an int, got {num_frames!r}; pass for example 32")
+            frames = frames[sample_uniform(num_frames, len(frames))]
+    return frames.permute(0, 3, 1, 2) if frames.shape[-1] == 3 else frames
+
+
+def read_image(image: Any) -> Image.Image:
+    """An image in any form as a PIL image in RGB, turned upright."""
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        rgb = image.transpose(1, 2, 0) if image.ndim == 3 and image.shape[0] == 3 != image.shape[-1] else image
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3 or not rgb.size:
+            raise ValueError(
+                f"an image must be uint8 [H, W, 3] or [3, H, W] in 0 ... 255, got {image.dtype} of shape "
+                f"{list(image.shape)}; convert it to uint8 RGB"
+            )
+        return Image.fromarray(np.ascontiguousarray(rgb))
+    name = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if isinstance(name, str) and not os.path.exists(name) and not name.startswith(("http:", "https:", "data:")):
+        # A base64 string is long and no path; everything else was meant as one.
+        if len(name) < 512:
+            raise FileNotFoundError(f"{name}: there is no such image; check the path")
+    try:
+        return load_image(name)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        shown = name if isinstance(name, str) and len(name) < 512 else type(image).__name__
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{shown}: cannot be read as an image ({reason}); pass a file that Pillow opens") from None
+
+
+def to_pixels(frames: Tensor, edge: int, mean: Sequence[float], std: Sequence[float], resize_mode: str) -> Tensor:
+    """frames uint8 [T, 3, H, W] -> pixel values float32 [T, 3, edge, edge]; bicubic with antialiasing."""
+    height, width = frames.shape[2:]
+    size = (edge, edge)
+    if resize_mode == "crop":
+        shorter = min(height, width)
+        size = (height * edge // shorter, width * edge // shorter)
+    # uint8 in, uint8 out, as Pillow resizes: the same within two levels on natural frames, five times as fast.
+    frames = torch.nn.functional.interpolate(frames, size=size, mode="bicubic", antialias=True)
+    top, left = (size[0] - edge) // 2, (size[1] - edge) // 2
+    frames = frames[:, :, top : top + edge, left : left + edge]
+    center = 255 * torch.tensor(list(mean)).view(3, 1, 1)
+    scale = 255 * torch.tensor(list(std)).view(3, 1, 1)
+    return ((frames - center) / scale).contiguous()  # [T, 3, edge, edge]
+
+
+def as_frames(image: Image.Image) -> Tensor:
+    """One image as uint8 [1, 3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+
+
+def _flatten(items: Any, is_one: Callable[[Any], bool], axes: int, expected: str, remedy: str) -> Iterator[Any]:
+    if is_one(items):
+        yield items
+    elif isinstance(items, (list, tuple)) or getattr(items, "ndim", 0) > axes:
+        for item in items:
+            yield from _flatten(item, is_one, axes, expected, remedy)
+    else:
+        got = f"shape {list(items.shape)}" if hasattr(items, "shape") else type(items).__name__
+        raise ValueError(f"{expected}, got {got}; {remedy}")
+
+
+def _is_clip(video: Any) -> bool:
+    if isinstance(video, (list, tuple)) and not hasattr(video, "frames"):
+        return len(video) > 0 and (hasattr(video[0], "convert") or getattr(video[0], "ndim", 0) == 3)
+    return isinstance(video, (str, os.PathLike)) or hasattr(video, "frames") or getattr(video, "ndim", 0) == 4
+
+
+def _is_image(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike)) or hasattr(image, "convert") or getattr(image, "ndim", 0) == 3
+
+
+def _as_tensor(frames: Any) -> Tensor:
+    """Decoded frames as uint8 [T, H, W, 3] or [T, 3, H, W]."""
+    if isinstance(frames, (list, tuple)):
+        images = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in frames]
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1:
+            raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}; resize them to one")
+        frames = np.stack(images)
+    if isinstance(frames, np.ndarray):
+        # torch takes no read-only or flipped views.
+        frames = torch.from_numpy(np.require(frames, requirements=("C", "W")))
+    if frames.dtype != torch.uint8 or 3 not in (frames.shape[-1], frames.shape[1]) or not len(frames):
+        raise ValueError(
+            f"the frames of a video must be uint8 [T, H, W, 3] or [T, 3, H, W] in 0 ... 255, got {frames.dtype} of "
+            f"shape {list(frames.shape)}; convert them to uint8 RGB"
+        )
+    return frames
+
+
+__all__ = ["as_frames", "flatten_images", "flatten_videos", "read_frames", "read_image", "to_pixels"]
