@@ -1,4 +1,4 @@
-"""The position table of a stock CLIP text tower made long enough for the guide."""
+"""The position table of a stock text tower made long enough for the guide."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import PreTrainedModel
 
 
 def stretch_position_embedding(table: Tensor, keep: int = 20, factor: int = 4) -> Tensor:
-    """Long-CLIP's stretch of a position table: [L, D] -> [keep + factor * (L - keep), D], 77 -> 248.
+    """Long-CLIP's stretch of a position table: [L, D] -> [keep + factor * (L - keep), D], 77 -> 248, SigLIP's 64 -> 196.
 
     The first `keep` rows are kept, the well-trained ones; after them each row is followed by factor - 1 rows
     interpolated towards the next, and the last row by as many extrapolated with its last step.
@@ -27,14 +27,14 @@ def stretch_position_embedding(table: Tensor, keep: int = 20, factor: int = 4) -
     return torch.cat([table[:keep], stretched.flatten(0, 1).to(table.dtype)])
 
 
-def stretch_text_model(text_model: CLIPTextModel, keep: int = 20, factor: int = 4) -> CLIPTextModel:
-    """A copy of a stock CLIP text tower with its position table stretched, 77 -> 248, ready as `guide_tower`."""
+def stretch_text_model(text_model: PreTrainedModel, keep: int = 20, factor: int = 4) -> PreTrainedModel:
+    """A copy of a stock CLIP or SigLIP text tower with its position table stretched, 77 -> 248 or 64 -> 196."""
     state = text_model.state_dict()
     name = "embeddings.position_embedding.weight"
     state[name] = stretch_position_embedding(state[name], keep, factor)
     config = copy.deepcopy(text_model.config)
     config.max_position_embeddings = len(state[name])
-    stretched = CLIPTextModel(config).to(device=text_model.device, dtype=text_model.dtype)
+    stretched = type(text_model)(config).to(device=text_model.device, dtype=text_model.dtype)
     stretched.load_state_dict(state)
     return stretched.train(text_model.training)
 

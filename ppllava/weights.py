@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,13 +140,19 @@ def write_weights(
     dtypes: dict[str, torch.dtype],
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write model*.safetensors as `save_pretrained` does, each weight in its dtype; one shard at a time is held."""
+    """Write model*.safetensors as `save_pretrained` does, each weight in its dtype; one shard at a time is held.
+
+    Raises:
+        ValueError: for a weight that its dtype cannot hold.
+    """
     shapes = {name: torch.empty(x.shape, dtype=dtypes[name], device="meta") for name, x in weights.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
             tensor = weights[name].to(dtypes[name]).contiguous()
+            if tensor.dtype != weights[name].dtype and not finite(tensor):
+                raise ValueError(f"{name} must fit into {tensor.dtype}, got larger numbers; use torch.bfloat16 instead")
             # Two names of one tensor in a .bin are two weights here.
             shared = any(tensor.data_ptr() == x.data_ptr() for x in shard.values())
             shard[name] = tensor.clone() if shared else tensor
@@ -153,6 +161,33 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_folder(destination: Path, write: Callable[[Path], None]) -> None:
+    """Write into a folder beside the destination, and rename it when it is whole; nothing is left of an error."""
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        write(folder)
+        folder.chmod(0o777 & ~_umask())
+        if destination.exists():
+            destination.rmdir()
+        folder.rename(destination)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def finite(tensor: Tensor) -> bool:
+    """A sum is not finite where one of its terms is not."""
+    return bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite())
 
 
 def first_of(names: Iterable[str], limit: int = 10) -> str:
@@ -165,10 +200,12 @@ def first_of(names: Iterable[str], limit: int = 10) -> str:
 __all__ = [
     "Weight",
     "Weights",
+    "finite",
     "first_of",
     "read_files",
     "read_json",
     "read_weights",
     "weight_files",
+    "write_folder",
     "write_weights",
 ]

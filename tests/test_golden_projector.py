@@ -1,0 +1,135 @@
+"""Guide, projector and pooling against the original's numbers (tests/golden/README.md)."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from close import assert_close
+from golden_data import close, golden, meta, projector_model
+
+VARIANTS = {
+    "variant_temp1": {"pooling_temperature": 1.0},
+    "variant_overlap": {"pooling_kernel_size": (2, 4, 3), "pooling_stride": (1, 2, 2)},
+    "variant_outsize": {"pooling_output_size": (2, 2, 3)},
+}
+CASES = [
+    *(("proj_clip", name) for name in ("video_b1", "video_b2", "video_leftover", "image", "nomask_short", *VARIANTS)),
+    *(("proj_clip_noextend", name) for name in ("video_b2", "image_fallback")),
+    *(("proj_siglip", name) for name in ("video_b1", "video_b2", "video_leftover", "image", "short_text")),
+    *(("proj_siglip_valuew", name) for name in ("video_b1", "video_leftover", "image", "short_text")),
+]
+
+
+def inputs_of(case):
+    return "proj_siglip" if case == "proj_siglip_valuew" else case
+
+
+def run(case, name, dtype=torch.float32, **changes):
+    """(model, features of the vision tower [F, H, W, V], its output) for a golden case."""
+    given = meta(case)
+    source = given["cases"][name].get("inputs_of", name)
+    config, inputs = given["config"], golden(inputs_of(case), "inputs")
+    # A list of images is pooled with the windows of images; the original falls back to those of videos, two frames deep
+    # in proj_clip_noextend, which mixes images: here that is a video.
+    if not given["cases"][source]["video"] and config["image_pooling_kernel"]:
+        changes = {"pooling_kernel_size": config["image_pooling_kernel"], "pooling_stride": None, **changes}
+    model = projector_model(case, inputs_of(case), **{**VARIANTS.get(name, {}), **changes}).to(dtype)
+    features = inputs[f"{source}/image_features"].unflatten(1, config["frame_shape"]).to(dtype)  # [F, H, W, V]
+    model.encode_frames = lambda *_: features
+    model.config.vision_config.image_size = [n * model.config.vision_config.patch_size for n in config["frame_shape"]]
+    frames = given["cases"][source]["num_frames"]
+    pixels = torch.zeros(len(features), 3, 1, 1, dtype=dtype)
+    ids, mask = inputs[f"{source}/clip_ids"], inputs.get(f"{source}/clip_mask")
+    with torch.no_grad():
+        video = model.get_video_features(pixels, torch.full((len(features) // frames,), frames), ids, mask)
+    return model, features, video
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_projector(case, name):
+    model, features, video = run(case, name)
+    outputs, inputs = golden(case, "outputs"), golden(inputs_of(case), "inputs")
+    source = meta(case)["cases"][name].get("inputs_of", name)
+    close(torch.stack(video.pooler_output), outputs[f"{name}/out"], 2e-4)
+    close(torch.stack(video.relevance), outputs[f"{source}/tv_softmax"], 2e-4 if model.config.valuew_plus else 1e-5)
+    with torch.no_grad():
+        text = model.guide.embed_text(inputs[f"{source}/clip_ids"], inputs.get(f"{source}/clip_mask"))
+        close(text, outputs[f"{source}/text_embeds_raw"], 2e-4)
+        patches = model.guide.embed_patches(features).unflatten(0, (len(text), -1))  # [B, T, H, W, C]
+        cosine = F.cosine_similarity(patches, text[:, None, None, None], dim=-1)
+        close(cosine, outputs[f"{source}/visual_attention"], 1e-5)
+        if f"{name}/head_attn_weights" in outputs:
+            expected = outputs[f"{name}/head_attn_weights"].mean(1)  # [F, L]
+            close(model.guide.attend(features).flatten(1), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["proj_clip", "proj_siglip"])
+def test_half_precision_is_at_least_as_exact_as_the_original(case, dtype):
+    outputs = golden(case, "outputs")
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    _, _, video = run(case, "video_b1", kind)
+    exact, original = outputs["video_b1/out"], outputs[f"video_b1/out_{dtype}"]
+    assert_close(f"{case} {dtype}", torch.stack(video.pooler_output), [original], exact.double())
+
+
+def test_valuew_plus_in_batches():
+    """The original reshapes for one video only and fails with two (meta.errors, batch2)."""
+    assert meta("proj_siglip_valuew")["errors"]["batch2"]["type"] == "RuntimeError"
+    model, features, _ = run("proj_siglip_valuew", "video_b1")
+    inputs = golden("proj_siglip", "inputs")
+    features = inputs["video_b2/image_features"].unflatten(1, (9, 9))
+    ids = inputs["video_b2/clip_ids"]
+
+    def encode(rows, questions):
+        model.encode_frames = lambda *_: rows
+        with torch.no_grad():
+            return model.get_video_features(
+                torch.zeros(len(rows), 3, 1, 1), torch.full((len(questions),), 2), questions
+            ).pooler_output
+
+    both = encode(features, ids)
+    for i in range(2):
+        close(both[i], encode(features[2 * i : 2 * i + 2], ids[i : i + 1])[0], 1e-5)
+
+
+def test_a_question_for_each_video():
+    """The original cuts a larger batch of texts to the videos silently (meta, text_batch_2_with_one_video)."""
+    inputs = golden("proj_clip", "inputs")
+    model, _, _ = run("proj_clip", "video_b1")
+    message = (
+        "guide_input_ids must have one row for each of the 1 videos, got 2; repeat the question of a prompt for each "
+        "of them, and leave out prompts without one"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model.get_video_features(torch.zeros(4, 3, 1, 1), torch.tensor([4]), inputs["video_b2/clip_ids"])
+
+
+def test_a_clip_of_one_frame():
+    """The original fails where the kernel is deeper than the clip (meta.errors, one_frame_video_with_kernel2)."""
+    assert "one_frame_video_with_kernel2" in meta("proj_clip")["errors"]
+    inputs = golden("proj_clip", "inputs")
+    model, features, _ = run("proj_clip", "video_b1")
+    outs = []
+    for kernel in ((2, 3, 3), (1, 3, 3)):
+        model.config.pooling_kernel_size = model.config.pooling_stride = kernel
+        model.encode_frames = lambda *_: features[:1]
+        with torch.no_grad():
+            outs += model.get_video_features(
+                torch.zeros(1, 3, 1, 1), torch.tensor([1]), inputs["video_b1/clip_ids"]
+            ).pooler_output
+    assert torch.equal(*outs)
+
+
+def test_siglip_without_stretched_positions():
+    """The original loads a CLIP model there and fails (meta.errors, extend_false_*)."""
+    assert "extend_false_with_siglip_weights" in meta("proj_siglip")["errors"]
+    given = meta("proj_siglip")["siglip_config"]
+    model = projector_model(
+        "proj_siglip", guide_config={**given["text"], "model_type": "siglip_text_model", "max_position_embeddings": 196}
+    )
+    table = model.guide.text_model.embeddings.position_embedding
+    table.weight.data = table.weight.data[:64]
+    model.config.guide_config.max_position_embeddings = 64
+    assert model.guide.embed_text(golden("proj_siglip", "inputs")["short_text/clip_ids"]).shape == (1, 24)
