@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from transformers import LlavaNextVideoConfig, PreTrainedModel, StoppingCriteria
 import ppllava_kernels
 from ppllava import PPLlavaConfig, PPLlavaProcessor, presets, projector
 from ppllava.video import VideoClip
-from ppllava_kernels import pooled_size
 
 from . import gate
 from .report import PEER, PEER_TUNED, PPLLAVA

@@ -27,11 +27,11 @@ class PPLlavaConfig(PreTrainedConfig):
     """Configuration of :class:`PPLlavaForConditionalGeneration`; the defaults are those of the 7B model.
 
     Args:
-        vision_config: `clip_vision_model`, default ViT-L/14 at 336 pixels; `ppllava_btadapter_vision_model`, the same with
-            a BT-Adapter; or `siglip_vision_model`. Described whole; only the layers up to `vision_feature_layer` are
-            built.
-        guide_config: the text tower of the same family, which reads the user's question: `clip_text_model`, default that
-            of ViT-L/14 with its position table stretched to 248, or `siglip_text_model`.
+        vision_config: `clip_vision_model`, default ViT-L/14 at 336 pixels; `ppllava_btadapter_vision_model`, the same
+            with a BT-Adapter; or `siglip_vision_model`. Described whole; only the layers up to `vision_feature_layer`
+            are built.
+        guide_config: the text tower of the same family, which reads the user's question: `clip_text_model`, default
+            that of ViT-L/14 with its position table stretched to 248, or `siglip_text_model`.
         text_config: the language model, any that `AutoModelForCausalLM` knows; default Llama 7B.
         projection_dim: C, width of the space in which patches and question are compared; CLIP's own. SigLIP has none.
         logit_scale_init_value: logarithm of the scale s of the cosines; trained CLIP models have ln(100).
@@ -145,6 +145,11 @@ class PPLlavaConfig(PreTrainedConfig):
         return image[0] // patch[0], image[1] // patch[1]
 
     @property
+    def token_width(self) -> int:
+        """D, width of the tokens that the language model takes; a few embed in less than their hidden size."""
+        return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
+
+    @property
     def vision_layers(self) -> int:
         """Layers of the vision tower that `vision_feature_layer` needs: hidden state k is the output of layer k."""
         layer = self.vision_feature_layer
@@ -167,8 +172,8 @@ class PPLlavaConfig(PreTrainedConfig):
         vision, guide = self.vision_config.model_type, self.guide_config.model_type
         if vision not in GUIDES:
             raise ValueError(
-                f"vision_config must have one of the model types {', '.join(GUIDES)}, got {vision!r}; use the tower of a "
-                "CLIP or SigLIP model"
+                f"vision_config must have one of the model types {', '.join(GUIDES)}, got {vision!r}; use the tower of "
+                "a CLIP or SigLIP model"
             )
         if guide != GUIDES[vision]:
             raise ValueError(
@@ -213,8 +218,8 @@ class PPLlavaConfig(PreTrainedConfig):
                 )
         if self.image_pooling_kernel_size is not None and self.image_pooling_kernel_size[0] != 1:
             raise ValueError(
-                f"image_pooling_kernel_size must be one frame deep, got {self.image_pooling_kernel_size}; several would "
-                "mix the images of a list"
+                f"image_pooling_kernel_size must be one frame deep, got {self.image_pooling_kernel_size}; several "
+                "would mix the images of a list"
             )
         if not self.pooling_temperature > 0:
             got = self.pooling_temperature

@@ -70,13 +70,13 @@ def pack_images(
     shape = list(pixel_values.shape)
     if len(shape) != 4 or sum(views) != shape[0] or min(views, default=0) < 1:
         raise ValueError(
-            f"pixel_values must be [V, 3, S, S] with V = {sum(views)}, the sum of image_views, each at least 1, got shape "
-            f"{shape} and image_views {views}; concatenate the views of all images"
+            f"pixel_values must be [V, 3, S, S] with V = {sum(views)}, the sum of image_views, each at least 1, got "
+            f"shape {shape} and image_views {views}; concatenate the views of all images"
         )
     if sum(groups) != len(views) or min(groups, default=0) < 1 or len(sizes) != len(views):
         raise ValueError(
-            f"image_groups must sum to the {len(views)} images of image_views, and image_sizes have one row for each, got "
-            f"image_groups {groups} and {len(sizes)} rows; pass them as PPLlavaProcessor makes them"
+            f"image_groups must sum to the {len(views)} images of image_views, and image_sizes have one row for each, "
+            f"got image_groups {groups} and {len(sizes)} rows; pass them as PPLlavaProcessor makes them"
         )
     clips, start = [], 0
     for count in groups:
@@ -97,8 +97,8 @@ def _check_views(views: list[int], sizes: list, pooling: VisualPooling) -> None:
         rows, columns = pooling.view_grid(sizes[0]) if pooling.grid_pinpoints else (0, 0)
         if views[0] != 1 + rows * columns:
             raise ValueError(
-                f"image_views must be 1, or 1 + {rows} * {columns} for an image of {sizes[0][0]} x {sizes[0][1]} pixels, "
-                f"got {views[0]}; let PPLlavaProcessor cut it, with the image_grid_pinpoints of the model"
+                f"image_views must be 1, or 1 + {rows} * {columns} for an image of {sizes[0][0]} x {sizes[0][1]} "
+                f"pixels, got {views[0]}; let PPLlavaProcessor cut it, with the image_grid_pinpoints of the model"
             )
 
 

@@ -30,8 +30,8 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 class PPLlavaVisualFeatures(BaseModelOutputWithPooling):
     """What the language model sees of each image or video, and why.
 
-    pooler_output  one [tokens, D] per image or video. Of a video: frames, then rows, then columns. Of an image: the base
-                   view, then the grid of views line by line without padding, `image_newline` after each line
+    pooler_output  one [tokens, D] per image or video. Of a video: frames, then rows, then columns. Of an image: the
+                   base view, then the grid of views line by line without padding, `image_newline` after each line
     relevance      one float32 [T, H, W] per group of images or video, sums to 1: how relevant each patch is to the
                    question. T are the frames; the views of an image; the images of a list. None without guidance
     """
@@ -67,7 +67,7 @@ class PPLlavaPreTrainedModel(StrictLoading, PreTrainedModel):
                 init.normal_(module.visual_projection.weight, std=self.config.vision_config.hidden_size**-0.5)
                 init.normal_(module.text_projection.weight, std=self.config.guide_config.hidden_size**-0.5)
         elif isinstance(module, PPLlavaModel):
-            init.normal_(module.image_newline, std=self.config.text_config.hidden_size**-0.5)
+            init.normal_(module.image_newline, std=self.config.token_width**-0.5)
 
 
 class PPLlavaModel(PPLlavaPreTrainedModel):
@@ -78,8 +78,13 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
         self.vision_tower = _vision_tower(config)
         self.guide = PPLlavaGuide(config)
         self.multi_modal_projector = PPLlavaProjector(config)
-        self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+        self.image_newline = nn.Parameter(torch.zeros(config.token_width))
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if (width := self.get_input_embeddings().embedding_dim) != config.token_width:
+            raise ValueError(
+                f"text_config must embed tokens in its hidden_size {config.token_width}, got {width} from "
+                f"{type(self.language_model).__name__}; use another language model"
+            )
         self._language_model_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
         # Of the original's format: what no output depends on.
         self._keys_to_ignore_on_load_unexpected = original.unused_keys(config)
@@ -432,8 +437,8 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         """Logits, and the loss where labels are given: the output of the language model.
 
         Args:
-            input_ids: int [N, S]; each image and video is as many `<image>` or `<video>` tokens as it has visual tokens.
-            pixel_values, image_sizes, image_views, image_groups: the images of all prompts in order;
+            input_ids: int [N, S]; each image and video is as many `<image>` or `<video>` tokens as it has visual
+            tokens. pixel_values, image_sizes, image_views, image_groups: the images of all prompts in order;
             pixel_values_videos, video_frames: and the videos;
             guide_input_ids, guide_attention_mask: and the questions, as in :meth:`PPLlavaModel.get_media_features`.
             attention_mask: int [N, S].

@@ -16,6 +16,9 @@ from transformers.image_utils import load_image
 from .sampling import sample_uniform
 
 
+_URLS = ("http:", "https:", "data:")
+
+
 def flatten_videos(videos: Any) -> list[Any]:
     """The single videos in nested lists of videos."""
     return list(
@@ -73,10 +76,9 @@ def read_image(image: Any) -> Image.Image:
             )
         return Image.fromarray(np.ascontiguousarray(rgb))
     name = os.fspath(image) if isinstance(image, os.PathLike) else image
-    if isinstance(name, str) and not os.path.exists(name) and not name.startswith(("http:", "https:", "data:")):
-        # A base64 string is long and no path; everything else was meant as one.
-        if len(name) < 512:
-            raise FileNotFoundError(f"{name}: there is no such image; check the path")
+    # A base64 string is long and no path; everything else was meant as one.
+    if isinstance(name, str) and len(name) < 512 and not os.path.exists(name) and not name.startswith(_URLS):
+        raise FileNotFoundError(f"{name}: there is no such image; check the path")
     try:
         return load_image(name)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:

@@ -1,9 +1,9 @@
 """Named sizes with random weights: model, processor and tokenizers from nothing, without a network.
 
-`tiny`, `tiny-btadapter` and `tiny-qwen2` for tests: CLIP and Llama, the same with a BT-Adapter, SigLIP and Qwen2. `small`
-for benchmarks on a CPU. `vicuna-7b` and `qwen2-7b` are the real ones. `small` has the token counts of `vicuna-7b` and
-spends its FLOPs in the same proportions (`flops`). Those with CLIP have a peer: LLaVA-NeXT-Video of transformers, same
-sizes.
+`tiny`, `tiny-btadapter` and `tiny-qwen2` are for tests: CLIP and Llama, the same with a BT-Adapter, SigLIP and Qwen2.
+`small` is for benchmarks on a CPU; it has the token counts of `vicuna-7b` and spends its FLOPs in the same proportions
+(`flops`). `vicuna-7b` and `qwen2-7b` are the real ones. Those with a plain CLIP tower have a peer: LLaVA-NeXT-Video of
+transformers, same sizes.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: in
     embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
     layer = _encoder_layer(positions, width, vision.intermediate_size)
     adapter_layers = max(getattr(vision, "adapter_depth", 0) + config.vision_layers - vision.num_hidden_layers, 0)
-    # A spatial layer has one class token for all frames after its attention. A temporal layer attends over the frames of
-    # each patch, and has one more matrix.
+    # A spatial layer has one class token for all frames after its attention. A temporal layer attends over the frames
+    # of each patch, and has one more matrix.
     spatial = frames * layer - (frames - 1) * 4 * width * vision.intermediate_size
     temporal = 2 * patches * 5 * width**2 + 4 * patches * frames * width
     tower = frames * config.vision_layers * layer + adapter_layers * (spatial + temporal)

@@ -1,10 +1,11 @@
-"""From images, videos and text to the inputs of the model: pixels, placeholders, the question that guides the pooling."""
+"""From images, videos and text to the inputs of the model: pixels, placeholders, and the question that guides."""
 
 from __future__ import annotations
 
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -124,8 +125,8 @@ class PPLlavaProcessor(ProcessorMixin):
         Args:
             text: one prompt or a list of N; each `<image>` stands for one image, each `<video>` for one video.
             images: I images, flat or nested by prompt. One image is a path, a PIL image, or uint8 [H, W, 3] or
-                [3, H, W] as numpy or torch. The only image of a prompt is cut into high-resolution views; several are an
-                image list: one view each, compressed together.
+                [3, H, W] as numpy or torch. The only image of a prompt is cut into high-resolution views; several are
+                an image list: one view each, compressed together.
             videos: B videos, flat or nested by prompt. One video is a path, a :class:`ppllava.video.VideoClip`, uint8
                 frames [T, H, W, 3] or [T, 3, H, W] as numpy or torch (where both fit, the channels are last), or a list
                 of PIL images or [H, W, 3] arrays.
@@ -225,9 +226,9 @@ class PPLlavaProcessor(ProcessorMixin):
 
     def _images(self, images: list, groups: list[int]) -> tuple[dict[str, Tensor], list[str]]:
         """(the model's inputs, the placeholders of each image) of images in groups."""
-        pixels, sizes, tokens = [], [], []
+        pixels, sizes, tokens, queue = [], [], [], iter(images)
         for count in groups:
-            for image in (read_image(images[len(sizes) + i]) for i in range(count)):
+            for image in map(read_image, islice(queue, count)):
                 pixels.append(self.preprocess_image(image, views=count == 1))
                 size = (image.height, image.width)
                 tokens.append(self.visual_pooling.image_tokens(size, len(pixels[-1]), in_list=count > 1))
@@ -259,8 +260,8 @@ class PPLlavaProcessor(ProcessorMixin):
         counts = [prompt.count(token) for prompt in prompts]
         if sum(counts) != len(media):
             raise ValueError(
-                f"text must hold one {token} for each {kind}, got {sum(counts)} of them and {len(media)} {kind}s; write "
-                f"one where each {kind} belongs"
+                f"text must hold one {token} for each {kind}, got {sum(counts)} of them and {len(media)} {kind}s; "
+                f"write one where each {kind} belongs"
             )
         flatten = flatten_images if kind == "image" else flatten_videos
         if media and len(prompts) > 1 and isinstance(given, (list, tuple)) and len(given) == len(prompts):
@@ -294,8 +295,8 @@ class PPLlavaProcessor(ProcessorMixin):
         for i, (guide, count) in enumerate(zip(guides, counts)):
             if count and not guide.strip():
                 raise ValueError(
-                    f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a question, "
-                    "or pass guide_text"
+                    f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a "
+                    "question, or pass guide_text"
                 )
         return guides
 

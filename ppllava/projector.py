@@ -20,13 +20,13 @@ from .pooling import Window
 class PPLlavaProjector(nn.Module):
     """LLaVA's projector, the pooling between its two layers.
 
-    The weights of a window sum to one, so pooling commutes with the linear second layer: pooled first, it runs on 18 times
-    fewer rows. Exact up to rounding, and 4 times fewer FLOPs for the whole projector.
+    The weights of a window sum to one, so pooling commutes with the linear second layer: pooled first, it runs on 18
+    times fewer rows. Exact up to rounding, and 4 times fewer FLOPs for the whole projector.
     """
 
     def __init__(self, config: PPLlavaConfig) -> None:
         super().__init__()
-        width = config.text_config.hidden_size
+        width = config.token_width
         self.config = config
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
         self.act = ACT2FN[config.projector_hidden_act]

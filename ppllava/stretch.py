@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def stretch_position_embedding(table: Tensor, keep: int = 20, factor: int = 4) -> Tensor:
-    """Long-CLIP's stretch of a position table: [L, D] -> [keep + factor * (L - keep), D], 77 -> 248, SigLIP's 64 -> 196.
+    """Long-CLIP's stretch of a position table: [L, D] -> [keep + factor * (L - keep), D]; 77 -> 248, 64 -> 196.
 
     The first `keep` rows are kept, the well-trained ones; after them each row is followed by factor - 1 rows
     interpolated towards the next, and the last row by as many extrapolated with its last step.

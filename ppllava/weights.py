@@ -32,17 +32,17 @@ class Weight(NamedTuple):
 Weights = dict[str, Weight]
 
 
-def read_weights(folder: Path, partial: bool = False) -> Weights:
+def read_weights(folder: Path, required: bool = True) -> Weights:
     """Weights by key, of the files `model*` (or else `pytorch_model*`) and `non_lora_trainable*`, which win.
 
     Raises:
-        FileNotFoundError: if there are none, but in the folder of an adapter if `partial`; if a shard is missing.
+        FileNotFoundError: if there are none though they are `required`, or if a shard is missing.
         ValueError: for a file that cannot be read, is not plain tensors, or a weight that is in two of them.
     """
     names = sorted(os.listdir(folder))
     files = weight_files(folder, names, "model") or weight_files(folder, names, "pytorch_model")
     trained = weight_files(folder, names, "non_lora_trainable")
-    if not files and not trained and not (partial and "adapter_config.json" in names):
+    if required and not files and not trained:
         raise FileNotFoundError(
             f"{str(folder)!r} must hold weights, model*.safetensors or model*.bin, got none; pass the folder that does"
         )
@@ -96,7 +96,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         got = kind[1] if kind else "another kind of file"
         raise _not_plain(file, got) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise ValueError(f"{str(file)!r} must be a whole file of torch.save, got {first}; download it again") from None
     if not isinstance(content, dict):
         raise _not_plain(file, type(content).__name__)
@@ -186,8 +186,8 @@ def _umask() -> int:
 
 
 def finite(tensor: Tensor) -> bool:
-    """A sum is not finite where one of its terms is not."""
-    return bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite())
+    """Whether all elements are: the least and the greatest are NaN if one is. Needs no memory."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def first_of(names: Iterable[str], limit: int = 10) -> str:

@@ -123,7 +123,8 @@ RANDOM = ", or pass ignore_mismatched_sizes=True to make the mis-shaped ones ran
         ({BIAS: torch.ones(3)}, f"1 mis-shaped: {BIAS} [3] instead of [48]", RANDOM),
         (
             {"extra.b": torch.ones(1), "extra.a": torch.ones(1), BIAS: None, "model.guide.logit_scale": torch.ones(2)},
-            f"1 missing: {BIAS}; 2 unexpected: extra.a, extra.b; 1 mis-shaped: model.guide.logit_scale [2] instead of []",
+            f"1 missing: {BIAS}; 2 unexpected: extra.a, extra.b; "
+            "1 mis-shaped: model.guide.logit_scale [2] instead of []",
             RANDOM,
         ),
     ],

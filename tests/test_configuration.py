@@ -73,8 +73,8 @@ CONFIG_ERRORS = [
     ),
     (
         {"video_token_index": 32000},
-        "image_token_index and video_token_index must differ, got 32000 for both; add a token to the tokenizer for one of "
-        "them",
+        "image_token_index and video_token_index must differ, got 32000 for both; add a token to the tokenizer for one "
+        "of them",
     ),
     (
         {"vision_feature_layer": -4, "vision_config": TINY_CLIP},

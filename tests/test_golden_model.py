@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden_batches import batch, media_types, tensor, together
 from golden_data import GOLDEN, close, meta
+from tiny import attended
 
 from ppllava import PPLlavaForConditionalGeneration
 
@@ -25,10 +26,6 @@ def load(case):
 
 def side(name):
     return "right" if name == "batch_right" else "left"
-
-
-def attended(inputs, rows):
-    return [row[mask.bool()] for row, mask in zip(rows, inputs["attention_mask"])]
 
 
 @pytest.mark.parametrize(("case", "name"), CASES)

@@ -322,8 +322,8 @@ ERRORS = {
     ),
     "nested otherwise": (
         {"text": [TEXT, "USER: <video> <video> Same? ASSISTANT:"], "videos": [[clip(), clip()], [clip()]]},
-        "text must hold one <video> for each video of its prompt, got [1, 2] of them and [2, 1] videos; write one where "
-        "each video belongs",
+        "text must hold one <video> for each video of its prompt, got [1, 2] of them and [2, 1] videos; write one "
+        "where each video belongs",
     ),
     "no text": ({"videos": clip()}, "text must be a prompt or a list of prompts, got None; <video> marks a video"),
     "empty text": ({"text": []}, "text must be a prompt or a list of prompts, got []; <video> marks a video"),

@@ -31,11 +31,12 @@ def prompt(question, video="<video>\n"):
     return f"USER: {video}{question} ASSISTANT:"
 
 
-def batch(*lengths, processor=None):
-    """Inputs for one prompt per length, each about a clip of so many frames; 0 is a prompt without a clip."""
-    texts = [prompt(QUESTIONS[i], "<video>\n" if n else "") for i, n in enumerate(lengths)]
-    videos = [clip(n, seed=i) for i, n in enumerate(lengths) if n]
-    return (processor or tiny()[1])(text=texts, videos=videos or None)
+def batch(*lengths, processor=None, **kwargs):
+    """Inputs for one prompt per length, each about a clip of so many frames; 0 is without a clip, None no prompt."""
+    given = [(i, n) for i, n in enumerate(lengths) if n is not None]
+    texts = [prompt(QUESTIONS[i], "<video>\n" if n else "") for i, n in given]
+    videos = [clip(n, seed=i) for i, n in given if n]
+    return (processor or tiny()[1])(text=texts, videos=videos or None, **kwargs)
 
 
 def alone(i, length):
@@ -51,3 +52,8 @@ def generate(model, inputs, **kwargs):
 
 def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def attended(inputs, rows):
+    """The rows [N, S, ...] without padding, one tensor per prompt."""
+    return [row[mask.bool()] for row, mask in zip(rows, inputs["attention_mask"])]
