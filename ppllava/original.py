@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPConfig, SiglipConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig, SiglipTextConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
@@ -127,10 +127,8 @@ def translate_config(
     vision.setdefault("model_type", "siglip_vision_model" if siglip else "clip_vision_model")
     text.setdefault("model_type", "qwen2" if siglip else "llama")
     _check(config, vision, siglip)
-    tower = _tower(config.get("clip_weight"), folder, clip, siglip)
-    guide = {name: getattr(tower.text_config, name) for name in _TEXT_TOWER if hasattr(tower.text_config, name)}
-    if siglip:  # whose configurations often leave the ids of CLIP, which are outside of the vocabulary; it needs none
-        guide.update({name: None for name in ("bos_token_id", "eos_token_id") if guide[name] >= guide["vocab_size"]})
+    tower, projection_dim = _tower(config.get("clip_weight"), folder, clip, siglip)
+    guide = {name: getattr(tower, name) for name in _TEXT_TOWER if hasattr(tower, name)}
     if config.get("extend_clip"):
         guide["max_position_embeddings"] = 4 * guide["max_position_embeddings"] - 3 * KEPT_POSITIONS
     vision.pop("depth", None), vision.pop("max_T", None)
@@ -158,7 +156,7 @@ def translate_config(
         **_pooling(config),
     }
     if not siglip:
-        translated["projection_dim"] = tower.projection_dim
+        translated["projection_dim"] = projection_dim
     if dtype := config.get("dtype", config.get("torch_dtype")):
         translated["dtype"] = dtype
     return translated
@@ -266,8 +264,8 @@ _IMAGE_WINDOWS = (("kernel_size", "kernel"), ("stride", "stride"))
 
 def _tower(
     weight: str | None, folder: str | os.PathLike, clip: str | os.PathLike | None, siglip: bool
-) -> CLIPConfig | SiglipConfig:
-    """The configuration of the CLIP or SigLIP model that guides."""
+) -> tuple[PreTrainedConfig, int | None]:
+    """(configuration of the text tower that guides, projection_dim of CLIP)."""
     named = Path(folder, weight) if weight else None
     if clip is not None or (named is not None and (named / "config.json").is_file()):
         source = clip if clip is not None else named
@@ -286,7 +284,11 @@ def _tower(
             f"{str(source)!r} must be a model of type {family!r} to match vision_config, got "
             f"{config.get('model_type')!r}; pass its folder with --clip"
         )
-    return (SiglipConfig if siglip else CLIPConfig).from_dict(config)
+    if siglip:  # which needs no ids, and by default has some outside of its vocabulary
+        ids = {"bos_token_id": None, "eos_token_id": None}
+        return SiglipTextConfig.from_dict({**ids, **(config.get("text_config") or {})}), None
+    clip_config = CLIPConfig.from_dict(config)
+    return clip_config.text_config, clip_config.projection_dim
 
 
 def _one_of(numbers: range) -> str:

@@ -15,7 +15,6 @@ from transformers.image_utils import load_image
 
 from .sampling import sample_uniform
 
-
 _URLS = ("http:", "https:", "data:")
 
 

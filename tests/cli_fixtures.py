@@ -1,0 +1,63 @@
+"""`ppllava` in a folder of clips and images, for test_cli*.py."""
+
+import json
+
+import clips
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ppllava import cli, presets
+
+QUESTION = "What is it?"
+QUICK = ("--preset", "tiny", "--frames", "4", "--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a.mp4 of 60 frames in 2 seconds, b.mp4 of 30 in 1, i.png, j.jpg, and what is none of these."""
+    folder = tmp_path_factory.mktemp("files")
+    clips.encode(folder / "a.mp4", 60)
+    clips.encode(folder / "b.mp4", 30, size=(96, 64))
+    clips.encode(folder / "g.gif", 12, codec="gif", fps=10)
+    Image.fromarray(clips.draw(3, 80, 60)).save(folder / "i.png")
+    Image.fromarray(clips.draw(5, 40, 90)).save(folder / "j.jpg")
+    clips.encode_audio(folder / "sound.mp4")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "broken.jpg").write_bytes((folder / "j.jpg").read_bytes()[:300])
+    return folder
+
+
+@pytest.fixture
+def call(files, monkeypatch):
+    """Runs `ppllava` in that folder."""
+    monkeypatch.chdir(files)
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PPLLAVA_DEBUG": None})
+
+    def run(*arguments, env=None):
+        return runner.invoke(cli.app, [str(argument) for argument in arguments], env=env)
+
+    return run
+
+
+@pytest.fixture
+def ask(call):
+    """The JSON object that `ppllava ask --json` prints."""
+
+    def run(*arguments):
+        result = call("ask", *arguments, "--json")
+        assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+        return json.loads(result.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The tiny model as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = presets.build("tiny", seed=3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
