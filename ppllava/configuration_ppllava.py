@@ -12,7 +12,7 @@ from . import (
     btadapter,  # registers its vision tower with the Auto classes
     original,
 )
-from .pooling import POOLINGS, VisualPooling
+from .pooling import POOLINGS, VisualPooling, frozen
 
 # The text tower that belongs to each vision tower.
 GUIDES = {
@@ -145,6 +145,14 @@ class PPLlavaConfig(PreTrainedConfig):
         return image[0] // patch[0], image[1] // patch[1]
 
     @property
+    def context_length(self) -> int | None:
+        """Positions of the language model; None where it has no limit."""
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        return (
+            None if rope.get("rope_type") == "dynamic" else getattr(self.text_config, "max_position_embeddings", None)
+        )
+
+    @property
     def token_width(self) -> int:
         """D, width of the tokens that the language model takes; a few embed in less than their hidden size."""
         return getattr(self.text_config, "word_embed_proj_dim", None) or self.text_config.hidden_size
@@ -163,9 +171,9 @@ class PPLlavaConfig(PreTrainedConfig):
             mode=self.pooling,
             grid=self.patch_grid,
             view_size=_pair(self.vision_config.image_size)[0],
-            grid_pinpoints=tuple(tuple(pinpoint) for pinpoint in self.image_grid_pinpoints or ()),
-            **{name: _tuple(getattr(self, f"pooling_{name}")) for name in names},
-            **{f"image_{name}": _tuple(getattr(self, f"image_pooling_{name}")) for name in names[:2]},
+            grid_pinpoints=frozen(self.image_grid_pinpoints or ()),
+            **{name: frozen(getattr(self, f"pooling_{name}")) for name in names},
+            **{f"image_{name}": frozen(getattr(self, f"image_pooling_{name}")) for name in names[:2]},
         )
 
     def _check(self) -> None:
@@ -237,10 +245,6 @@ class PPLlavaConfig(PreTrainedConfig):
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _tuple(size: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if size is None else tuple(size)
 
 
 __all__ = ["PPLlavaConfig"]

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from . import original
 from .configuration_ppllava import PPLlavaConfig
@@ -21,7 +20,6 @@ from .lora import find_adapter, merge_adapter, split_adapter
 from .modeling_ppllava import PPLlavaForConditionalGeneration
 from .processing_ppllava import PPLlavaProcessor
 from .stretch import stretch_position_embedding
-from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 from .weights import Weight, Weights, finite, first_of, read_weights, write_folder, write_weights
 
 GENERATION = "generation_config.json"
@@ -336,23 +334,7 @@ def _processor(
     report.processor = (
         f"tokenizer of {folder}{', with ' + ', '.join(added) if added else ''}; guide's of {guide_folder}"
     )
-    qwen = config.text_config.model_type.startswith("qwen")
-    windows = ("kernel_size", "stride")
-    return PPLlavaProcessor(
-        words,
-        guide,
-        image_size=config.vision_config.image_size,
-        patch_size=config.vision_config.patch_size,
-        pooling=config.pooling,
-        pooling_output_size=config.pooling_output_size,
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        **{f"{x}_{name}": getattr(config, f"{x}_{name}") for x in ("pooling", "image_pooling") for name in windows},
-        **({"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD} if config.siglip else {}),
-        guide_max_length=config.guide_config.max_position_embeddings,
-        guide_padding="max_length" if config.siglip else "longest",
-        turn_markers=QWEN_MARKERS if qwen else VICUNA_MARKERS,
-        chat_template=QWEN_TEMPLATE if qwen else VICUNA_TEMPLATE,
-    )
+    return PPLlavaProcessor.from_config(config, words, guide)
 
 
 def _has_tokenizer(folder: Path) -> bool:

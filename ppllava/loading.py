@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 
-import torch
-from torch import Tensor
+from .weights import finite, first_of
 
 
 class StrictLoading:
@@ -38,31 +36,19 @@ class StrictLoading:
         mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
         shapes = [f"{name} {list(got)} instead of {list(expected)}" for name, got, expected in mismatched]
         found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mis-shaped": shapes}
-        if wrong := "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in found.items() if keys):
+        if wrong := "; ".join(f"{len(keys)} {kind}: {first_of(keys)}" for kind, keys in found.items() if keys):
             remedy = ", or pass ignore_mismatched_sizes=True to make the mis-shaped ones random" if shapes else ""
             raise ValueError(
                 f"the weights in {str(pretrained_model_name_or_path)!r} must be exactly those of {cls.__name__} with "
                 f"its config.json, got {wrong}; load a folder as save_pretrained wrote it{remedy}"
             )
-        # A sum is not finite where one of its terms is not, and needs no memory.
-        spoilt = [name for name, p in model.named_parameters() if p.is_floating_point() and not _finite(p)]
+        spoilt = [name for name, x in model.named_parameters() if not finite(x)]
         if spoilt:
             raise ValueError(
                 f"the weights in {str(pretrained_model_name_or_path)!r} must be finite numbers, got NaN or infinity in "
-                f"{len(spoilt)}: {_first(spoilt)}; download or convert them again"
+                f"{len(spoilt)}: {first_of(spoilt)}; download or convert them again"
             )
         return (model, info) if output_loading_info else model
-
-
-def _first(keys: Iterable[str], limit: int = 10) -> str:
-    """The first keys in order, and how many more there are."""
-    names = sorted(keys)
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
-
-
-def _finite(parameter: Tensor) -> bool:
-    return parameter.is_meta or bool(parameter.detach().sum(dtype=torch.float32).isfinite())
 
 
 __all__ = ["StrictLoading"]

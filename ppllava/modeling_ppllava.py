@@ -363,9 +363,8 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
 
     def _check_length(self, inputs_embeds: Tensor, past: Cache | None, outputs: dict) -> None:
         """Past its context a language model answers nonsense or fails in the middle."""
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
-        if limit is None or rope.get("rope_type") == "dynamic" or torch.compiler.is_compiling() or _length(past):
+        limit = self.config.context_length
+        if limit is None or torch.compiler.is_compiling() or _length(past):
             return
         if (length := inputs_embeds.shape[1]) > limit:
             visual = sum(len(x) for output in outputs.values() for x in output.pooler_output)

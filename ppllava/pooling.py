@@ -24,6 +24,11 @@ class Window(NamedTuple):
     output_size: tuple[int, ...] | None = None
 
 
+def frozen(size: Sequence | None) -> tuple | None:
+    """Lists, as JSON has them, as tuples."""
+    return None if size is None else tuple(frozen(n) if isinstance(n, (list, tuple)) else n for n in size)
+
+
 @dataclass(frozen=True)
 class VisualPooling:
     """The pooling of a configuration, as :class:`PPLlavaConfig` documents its fields.
@@ -119,4 +124,4 @@ class VisualPooling:
         return min(steps, max(1, tokens // (height * width))), height, width
 
 
-__all__ = ["POOLINGS", "VisualPooling", "Window"]
+__all__ = ["POOLINGS", "VisualPooling", "Window", "frozen"]

@@ -18,12 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
 from .configuration_ppllava import PPLlavaConfig
 from .modeling_ppllava import PPLlavaForConditionalGeneration
 from .processing_ppllava import PPLlavaProcessor
-from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
 # The tokenizers: one token per byte, so any text encodes.
 PAD, BOS, EOS, VIDEO, IMAGE = "<pad>", "<s>", "</s>", "<video>", "<image>"
@@ -185,21 +183,7 @@ def build_peer(
 
 def build_processor(config: PPLlavaConfig) -> PPLlavaProcessor:
     """A processor with local tokenizers for a configuration of `preset_config`."""
-    qwen = config.text_config.model_type == "qwen2"
-    names = ("pooling", "pooling_kernel_size", "pooling_stride", "pooling_output_size", "image_grid_pinpoints")
-    normalise = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD} if config.siglip else {}
-    return PPLlavaProcessor(
-        _tokenizer(),
-        _guide_tokenizer(),
-        image_size=config.vision_config.image_size,
-        patch_size=config.vision_config.patch_size,
-        **{name: getattr(config, name) for name in (*names, "image_pooling_kernel_size", "image_pooling_stride")},
-        **normalise,
-        guide_max_length=config.guide_config.max_position_embeddings,
-        guide_padding="max_length" if config.siglip else "longest",
-        turn_markers=QWEN_MARKERS if qwen else VICUNA_MARKERS,
-        chat_template=QWEN_TEMPLATE if qwen else VICUNA_TEMPLATE,
-    )
+    return PPLlavaProcessor.from_config(config, _tokenizer(), _guide_tokenizer())
 
 
 def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: int = 32) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,11 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from .pooling import VisualPooling
+from .configuration_ppllava import PPLlavaConfig
+from .pooling import VisualPooling, frozen
 from .preprocessing import as_frames, flatten_images, flatten_videos, read_frames, read_image, to_pixels
+from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
 
 class PPLlavaProcessor(ProcessorMixin):
@@ -82,6 +90,27 @@ class PPLlavaProcessor(ProcessorMixin):
         self.video_token_id = self._token_id(tokenizer, "video_token")
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
 
+    @classmethod
+    def from_config(cls, config: PPLlavaConfig, tokenizer, guide_tokenizer, **kwargs) -> PPLlavaProcessor:
+        """The processor of a model with this configuration; `kwargs` as the class takes them."""
+        shared = [name for name in config.to_dict() if re.match("(image_)?pooling|image_grid", name)]
+        chat = (
+            (QWEN_TEMPLATE, QWEN_MARKERS)
+            if "qwen" in config.text_config.model_type
+            else (VICUNA_TEMPLATE, VICUNA_MARKERS)
+        )
+        known = {
+            "image_size": config.vision_config.image_size,
+            "patch_size": config.vision_config.patch_size,
+            **{name: getattr(config, name) for name in shared if name != "pooling_temperature"},
+            "guide_max_length": config.guide_config.max_position_embeddings,
+            "chat_template": chat[0],
+            "turn_markers": chat[1],
+        }
+        if config.siglip:
+            known.update(image_mean=IMAGENET_STANDARD_MEAN, image_std=IMAGENET_STANDARD_STD, guide_padding="max_length")
+        return cls(tokenizer, guide_tokenizer, **{**known, **kwargs})
+
     @property
     def model_input_names(self) -> list[str]:
         images = ["pixel_values", "image_sizes", "image_views", "image_groups"]
@@ -95,12 +124,12 @@ class PPLlavaProcessor(ProcessorMixin):
             mode=self.pooling,
             grid=(self.image_size // self.patch_size,) * 2,
             view_size=self.image_size,
-            kernel_size=self.pooling_kernel_size,
-            stride=self.pooling_stride,
-            output_size=self.pooling_output_size,
-            image_kernel_size=self.image_pooling_kernel_size,
-            image_stride=self.image_pooling_stride,
-            grid_pinpoints=tuple(tuple(pinpoint) for pinpoint in self.image_grid_pinpoints),
+            kernel_size=frozen(self.pooling_kernel_size),
+            stride=frozen(self.pooling_stride),
+            output_size=frozen(self.pooling_output_size),
+            image_kernel_size=frozen(self.image_pooling_kernel_size),
+            image_stride=frozen(self.image_pooling_stride),
+            grid_pinpoints=frozen(self.image_grid_pinpoints),
         )
 
     def __call__(
