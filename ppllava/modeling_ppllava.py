@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -357,8 +358,7 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
             return
         if found := int((input_ids == getattr(self.config, f"{kind}_token_id")).sum()):
             raise ValueError(
-                f"input_ids holds {found} <{kind}> tokens, but no {kind} came with them; pass {PIXELS[kind]} "
-                "(generate's prefill_chunk_size loses them before transformers 5.23)"
+                f"input_ids holds {found} <{kind}> tokens, but no {kind} came with them; pass {PIXELS[kind]}"
             )
 
     def _check_length(self, inputs_embeds: Tensor, past: Cache | None, outputs: dict) -> None:
@@ -407,8 +407,19 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         if any(kwargs.get(name) is not None for name in PIXELS.values()):
             names = inspect.signature(self.model.get_media_features).parameters
             media = {name: kwargs.pop(name) for name in ("mm_encoder_outputs", *names) if name in kwargs}
+            self._check_chunks(*args[1:2], **kwargs)
             kwargs["mm_encoder_outputs"] = self.model.encode_media(**media)
         return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def _check_chunks(generation_config=None, prefill_chunk_size: int | None = None, **kwargs) -> None:
+        """Before 5.23, transformers forgets what was encoded in all chunks but the first."""
+        size = prefill_chunk_size or getattr(generation_config, "prefill_chunk_size", None)
+        if size and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            raise ValueError(
+                f"prefill_chunk_size with images or videos needs transformers 5.23, got {transformers.__version__}; "
+                "leave it out, or upgrade"
+            )
 
     # generate() sorts its arguments by the names in this signature.
     @can_return_tuple

@@ -183,3 +183,21 @@ def test_ignore_mismatched_sizes_ignores_nothing_else(changed):
     folder = changed({BIAS: torch.ones(3), HEAD: None})
     with error(folder, f"1 missing: {HEAD}"):
         AutoModelForImageTextToText.from_pretrained(folder, **ignore)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"pooling": "none"}, 5 * 36),
+        ({"pooling": "temporal_mean"}, 36),
+        ({"pooling": "adaptive_mean", "pooling_output_size": [2, 3, 3]}, 18),
+        ({"pooling_output_size": [2, 2, 2]}, 8),
+    ],
+)
+def test_another_pooling_of_the_same_weights(folder, fields, tokens):
+    model = AutoModelForImageTextToText.from_pretrained(folder, **fields)
+    processor = AutoProcessor.from_pretrained(folder, **fields)
+    inputs = batch(5, 0, processor=processor)
+    assert int((inputs["input_ids"] == 3).sum()) == tokens
+    assert ("guide_input_ids" in inputs) == ("pooling" not in fields)
+    assert len(generate(model, inputs)) == 2

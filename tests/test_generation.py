@@ -5,10 +5,11 @@ from threading import Thread
 
 import pytest
 import torch
+import transformers
 from test_images import TEXTS, mixed
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
-from ppllava import presets, projector
+from ppllava import modeling_ppllava, presets, projector
 
 NEW = 6
 # Without a cache every step is a whole prompt, in which a generated placeholder would stand for an image too many.
@@ -47,10 +48,13 @@ def counts(monkeypatch):
         handle.remove()
 
 
+CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 7}],
-    ids=["dynamic", "static", "beams", "no cache", "chunks"],
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}]
+    + [{"prefill_chunk_size": 7}] * CHUNKS,
 )
 def test_towers_run_once_for_images_and_videos(options, counts):
     model, processor = built()
@@ -61,14 +65,24 @@ def test_towers_run_once_for_images_and_videos(options, counts):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 7}, {"prefill_chunk_size": 1000}],
-    ids=["static", "no cache", "chunks", "one chunk"],
+    [{"cache_implementation": "static"}, {"use_cache": False}]
+    + [{"prefill_chunk_size": 7}, {"prefill_chunk_size": 1000}] * CHUNKS,
 )
 @pytest.mark.parametrize("name", ["tiny-btadapter", "tiny-qwen2"])
 def test_every_mode_generates_the_same(name, options):
     model, processor = built(name)
     inputs = mixed(processor)
     assert torch.equal(model.generate(**inputs, **GREEDY, **options), model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("where", ["argument", "generation_config"])
+def test_chunks_before_5_23_are_an_error(where, monkeypatch):
+    monkeypatch.setattr(modeling_ppllava.transformers, "__version__", "5.22.1")
+    model, processor = built()
+    config = GenerationConfig(prefill_chunk_size=7)
+    options = {"prefill_chunk_size": 7} if where == "argument" else {"generation_config": config}
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size with images or videos needs transformers 5\.23, got 5"):
+        model.generate(**mixed(processor), **options)
 
 
 def test_beams_of_a_batch_are_those_of_each_prompt():

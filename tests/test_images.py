@@ -310,8 +310,7 @@ MODEL_ERRORS = {
     "no image": (
         dict.fromkeys(("pixel_values", "image_sizes", "image_views", "image_groups", "guide_input_ids"))
         | {"guide_attention_mask": None},
-        "input_ids holds 14 <image> tokens, but no image came with them; pass pixel_values (generate's "
-        "prefill_chunk_size loses them before transformers 5.23)",
+        "input_ids holds 14 <image> tokens, but no image came with them; pass pixel_values",
     ),
 }
 

@@ -128,16 +128,6 @@ def test_greedy_is_repeated_full_forwards():
     assert generate(tiny()[0], inputs, cache_implementation="static", **never) == expected
 
 
-def test_chunked_prefill(monkeypatch):
-    inputs = batch(8, 5)
-    try:
-        actual = generate(tiny()[0], inputs, prefill_chunk_size=16)
-    except ValueError as error:  # before transformers 5.23
-        assert "prefill_chunk_size loses them" in str(error)  # noqa: PT017
-    else:
-        assert actual == generate(tiny()[0], inputs)
-
-
 @pytest.mark.parametrize("length", [4, 8])
 def test_prompt_lookup(length):
     inputs = alone(1, length)

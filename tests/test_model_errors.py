@@ -72,8 +72,7 @@ def wrong_inputs():
         ),
         "no video": (
             {"input_ids": ids},
-            "input_ids holds 16 <video> tokens, but no video came with them; pass pixel_values_videos (generate's "
-            "prefill_chunk_size loses them before transformers 5.23)",
+            "input_ids holds 16 <video> tokens, but no video came with them; pass pixel_values_videos",
         ),
         "images": (
             {**good, "pixel_values": torch.zeros(1, 3, 42, 42)},
