@@ -211,9 +211,12 @@ class PPLlavaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers; with `tokenize=True` the last user turn of each conversation becomes its `guide_text`."""
         kwargs["load_audio_from_video"] = False  # `transformers serve` asks for sound, which the model does not hear
+        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+        conversations = conversation if batched else [conversation]
+        for messages in conversations:
+            _check_blocks(messages)
         if kwargs.get("tokenize"):
-            batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
-            guides = [_question(messages) for messages in (conversation if batched else [conversation])]
+            guides = [_question(messages) for messages in conversations]
             # transformers 5.20 drops processor_kwargs where these come as plain arguments.
             plain = {name: kwargs.pop(name) for name in ("num_frames", "fps", "guide_text") if name in kwargs}
             given = kwargs.pop("processor_kwargs", None) or {}
@@ -359,6 +362,17 @@ class PPLlavaProcessor(ProcessorMixin):
         if self.guide_padding == "longest":
             inputs["guide_attention_mask"] = padded["attention_mask"]
         return inputs
+
+
+def _check_blocks(messages: Any) -> None:
+    for message in getattr(messages, "messages", messages):
+        content = message.get("content")
+        for block in () if content is None or isinstance(content, str) else content:
+            if block.get("type") not in ("text", "image", "video"):
+                raise ValueError(
+                    f"a block of a message must be of type text, image or video, got {block.get('type')!r}; the model "
+                    "knows nothing else, leave it out"
+                )
 
 
 def _question(messages: Any) -> str:

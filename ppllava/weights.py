@@ -186,7 +186,7 @@ def _umask() -> int:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all elements are: the least and the greatest are NaN if one is. Needs no memory. Quantised weights are."""
+    """Whether all elements are: the least and the greatest are NaN if one is. Needs no memory; quantised ones pass."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.is_meta or tensor.numel() == 0:
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

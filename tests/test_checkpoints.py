@@ -201,3 +201,37 @@ def test_another_pooling_of_the_same_weights(folder, fields, tokens):
     assert int((inputs["input_ids"] == 3).sum()) == tokens
     assert ("guide_input_ids" in inputs) == ("pooling" not in fields)
     assert len(generate(model, inputs)) == 2
+
+
+class Other:
+    """Not a tensor."""
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        (
+            "pytorch_model.bin",
+            lambda path: torch.save({"a": Other()}, path),
+            "{path!r} must hold plain tensors by name, got test_checkpoints.Other; nothing else is unpickled, save it "
+            "as safetensors where you trust it",
+        ),
+        (
+            "pytorch_model.bin",
+            lambda path: torch.save([torch.ones(1)], path),
+            "{path!r} must hold plain tensors by name, got list; nothing else is unpickled, save it as safetensors "
+            "where you trust it",
+        ),
+        (
+            "model.safetensors",
+            lambda path: path.write_bytes(b"123"),
+            "{path!r} must be a whole safetensors file, got Error while deserializing header: header too small; "
+            "download it again",
+        ),
+    ],
+)
+def test_broken_files(tmp_path, name, write, message):
+    tiny()[0].config.save_pretrained(tmp_path)
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(path=str(tmp_path / name)))}$"):
+        PPLlavaForConditionalGeneration.from_pretrained(tmp_path)

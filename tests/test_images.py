@@ -195,6 +195,29 @@ def test_pipeline(built):
     assert out[0]["generated_text"] == processor.decode(ids[0, -4:], skip_special_tokens=True)
 
 
+def test_media_in_several_turns(built):
+    model, processor = built["tiny"]
+
+    def user(*blocks):
+        return {"role": "user", "content": list(blocks)}
+
+    def text(words):
+        return {"type": "text", "text": words}
+
+    image, video = {"type": "image", "image": picture(100, 42)}, {"type": "video", "video": clip(4)}
+    first = user(text("Before "), image, text("this"))
+    chat = [first, {"role": "assistant", "content": [text("I see.")]}, user(video, text("And now?"))]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(chat, **options)
+    rendered = "USER: Before <image>\nthis ASSISTANT: I see.</s>USER: <video>\nAnd now? ASSISTANT: "
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == rendered
+    expected = processor(text=rendered, images=picture(100, 42), videos=clip(4), guide_text="And now?")
+    assert all(torch.equal(inputs[name], value) for name, value in expected.items())
+    with torch.no_grad():
+        both = processor.apply_chat_template([chat, [user(text("Hello"))]], padding=True, **options)
+        close(attended(both, model(**both).logits)[0], model(**inputs).logits[0], 1e-4)
+
+
 def test_images_train_their_newline(built):
     model, processor = presets.build("tiny")
     inputs = processor(text=ONE, images=picture(100, 42))
@@ -252,6 +275,24 @@ def test_errors(case, processor):
     arguments, message = ERRORS[case]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         processor(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["audio", "input_image", None])
+def test_a_block_of_another_type(kind, processor):
+    message = (
+        f"a block of a message must be of type text, image or video, got {kind!r}; the model knows nothing else, leave "
+        "it out"
+    )
+    chat = [{"role": "user", "content": [{"type": kind, "audio": "sound.wav"}, {"type": "text", "text": "What?"}]}]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        processor.apply_chat_template(chat, tokenize=True)
+
+
+@pytest.mark.parametrize("content", [[], [{"type": "text", "text": " "}]])
+def test_a_conversation_without_a_question(content, processor):
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, *content]}]
+    with pytest.raises(ValueError, match=r"^prompt 0 must ask something in the user's last turn, got images or videos"):
+        processor.apply_chat_template(chat, tokenize=True)
 
 
 def test_missing_file(processor):
