@@ -9,11 +9,10 @@ from .configuration_ppllava import PPLlavaConfig
 from .modeling_ppllava import (
     PPLlavaForConditionalGeneration,
     PPLlavaModel,
-    PPLlavaVisualFeatures,
-    stretch_position_embedding,
-    stretch_text_model,
 )
 from .processing_ppllava import PPLlavaProcessor
+from .stretch import stretch_position_embedding, stretch_text_model
+from .visual_features import PPLlavaVisualFeatures
 
 AutoConfig.register("ppllava", PPLlavaConfig)
 AutoModel.register(PPLlavaConfig, PPLlavaModel)

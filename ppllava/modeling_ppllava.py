@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 
 import torch
 import transformers
@@ -19,25 +18,8 @@ from .btadapter import BTAdapterVisionModel
 from .configuration_ppllava import PPLlavaConfig
 from .guide import PPLlavaGuide
 from .loading import StrictLoading
-from .media import Clip, pack_images, pack_videos
 from .projector import PPLlavaProjector
-from .stretch import stretch_position_embedding, stretch_text_model
-
-MODALITIES = ("image", "video")
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-
-
-@dataclass
-class PPLlavaVisualFeatures(BaseModelOutputWithPooling):
-    """What the language model sees of each image or video, and why.
-
-    pooler_output  one [tokens, D] per image or video. Of a video: frames, then rows, then columns. Of an image: the
-                   base view, then the grid of views line by line without padding, `image_newline` after each line
-    relevance      one float32 [T, H, W] per group of images or video, sums to 1: how relevant each patch is to the
-                   question. T are the frames; the views of an image; the images of a list. None without guidance
-    """
-
-    relevance: tuple[Tensor, ...] | None = None
+from .visual_features import MODALITIES, PIXELS, PPLlavaVisualFeatures, VisualFeatures
 
 
 class PPLlavaPreTrainedModel(StrictLoading, PreTrainedModel):
@@ -71,7 +53,7 @@ class PPLlavaPreTrainedModel(StrictLoading, PreTrainedModel):
             init.normal_(module.image_newline, std=self.config.token_width**-0.5)
 
 
-class PPLlavaModel(PPLlavaPreTrainedModel):
+class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
     """The towers, the projector and the language model; its output is that of the language model without its head."""
 
     def __init__(self, config: PPLlavaConfig) -> None:
@@ -96,160 +78,6 @@ class PPLlavaModel(PPLlavaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
-
-    def encode_frames(self, pixel_values: Tensor, frames: list[int]) -> Tensor:
-        """pixel_values [F, 3, S, S] -> patches of `vision_feature_layer` [F, H, W, V], without class token.
-
-        frames are those of each clip, which a BT-Adapter mixes and the other towers do not.
-        """
-        chunk = self.config.vision_chunk
-        if isinstance(self.vision_tower, BTAdapterVisionModel):
-            hidden = self.vision_tower(pixel_values, frames=frames, chunk=chunk).last_hidden_state
-        else:
-            chunks = pixel_values.split(chunk or len(pixel_values))
-            hidden = torch.cat([self.vision_tower(part).last_hidden_state for part in chunks])  # [F, 1 + H * W, V]
-        return (hidden if self.config.siglip else hidden[:, 1:]).unflatten(1, self.config.patch_grid)
-
-    def get_media_features(
-        self,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        image_views: Tensor | None = None,
-        image_groups: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_frames: Tensor | None = None,
-        guide_input_ids: Tensor | None = None,
-        guide_attention_mask: Tensor | None = None,
-    ) -> dict[str, PPLlavaVisualFeatures]:
-        """Encode images and videos and compress each under the guidance of its question: one pass of the vision tower,
-        one of the guide, and one ragged op call for each window size.
-
-        Args:
-            pixel_values: [V, 3, S, S], the views of all images packed.
-            image_sizes: int [I, 2], (height, width) of each image before preprocessing.
-            image_views: int [I], views of each image; None means one each. The first is the whole image, the others the
-                grid of views that `image_grid_pinpoints` gives it.
-            image_groups: int [G], images of each group; None means one each. A group of several is an image list: its
-                images share one softmax, and a BT-Adapter sees them as frames of one clip.
-            pixel_values_videos: [F, 3, S, S], the frames of all videos packed, with `video_frames`; or [B, T, 3, S, S],
-                which `torch.compile(fullgraph=True)` can trace, too.
-            video_frames: int [B], the frames of each packed video.
-            guide_input_ids: int [G + B, L], the question about each group of images, then those about each video.
-            guide_attention_mask: int [G + B, L].
-
-        Returns:
-            {"image": ..., "video": ...}, each a :class:`PPLlavaVisualFeatures`; only what there are pixels of.
-
-        Raises:
-            ValueError: for shapes that do not fit together.
-            TypeError: for pixel values that are not floating point.
-        """
-        pooling, pixels, clips = self.config.visual_pooling, [], []
-        if pixel_values is not None:
-            packed, images = pack_images(pixel_values, image_sizes, image_views, image_groups, pooling)
-            pixels.append(packed)
-            clips += images
-        groups = len(clips)
-        if pixel_values_videos is not None:
-            packed, videos = pack_videos(pixel_values_videos, video_frames, pooling)
-            pixels.append(packed)
-            clips += videos
-        text_embeds = self._embed_guides(clips, groups, guide_input_ids, guide_attention_mask)
-        frames = torch.cat(pixels) if len(pixels) > 1 else pixels[0]  # [F, 3, S, S]
-        features = self.encode_frames(frames, [n for clip in clips for n in clip.tower_frames])  # [F, H, W, V]
-        tokens, relevance = self.multi_modal_projector(features, clips, self.guide, text_embeds)
-        outputs = {}
-        if groups:
-            arranged = [row for clip, x in zip(clips[:groups], tokens) for row in self._arrange(clip, x)]
-            outputs["image"] = PPLlavaVisualFeatures(
-                pooler_output=tuple(arranged), relevance=relevance and tuple(relevance[:groups])
-            )
-        if groups < len(clips):
-            outputs["video"] = PPLlavaVisualFeatures(
-                pooler_output=tuple(x.flatten(0, -2) for x in tokens[groups:]),
-                relevance=relevance and tuple(relevance[groups:]),
-            )
-        return outputs
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_sizes: Tensor | None = None,
-        image_views: Tensor | None = None,
-        image_groups: Tensor | None = None,
-        guide_input_ids: Tensor | None = None,
-        guide_attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> PPLlavaVisualFeatures:
-        """The images of :meth:`get_media_features`."""
-        guide = {"guide_input_ids": guide_input_ids, "guide_attention_mask": guide_attention_mask}
-        return self.get_media_features(pixel_values, image_sizes, image_views, image_groups, **guide)["image"]
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: Tensor,
-        video_frames: Tensor | None = None,
-        guide_input_ids: Tensor | None = None,
-        guide_attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> PPLlavaVisualFeatures:
-        """The videos of :meth:`get_media_features`."""
-        return self.get_media_features(
-            pixel_values_videos=pixel_values_videos,
-            video_frames=video_frames,
-            guide_input_ids=guide_input_ids,
-            guide_attention_mask=guide_attention_mask,
-        )["video"]
-
-    def _embed_guides(self, clips: list[Clip], groups: int, ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """text_embeds [G + B, C]; None where nothing is guided."""
-        if self.config.pooling != "prompt_guided":
-            return None
-        if ids is None:
-            raise ValueError(
-                f"guide_input_ids must be given with {' and '.join(self._pixel_names(clips, groups))}, got None; "
-                "PPLlavaProcessor makes them from the user's question"
-            )
-        if len(ids) != len(clips):
-            kinds = (
-                f"{groups} groups of images and the {len(clips) - groups} videos" if groups else f"{len(clips)} videos"
-            )
-            raise ValueError(
-                f"guide_input_ids must have one row for each of the {kinds}, got {len(ids)}; repeat the question of a "
-                "prompt for each of them, and leave out prompts without one"
-            )
-        return self.guide.embed_text(ids, mask)
-
-    @staticmethod
-    def _pixel_names(clips: list[Clip], groups: int) -> list[str]:
-        return [PIXELS[kind] for kind, n in zip(MODALITIES, (groups, len(clips) - groups)) if n]
-
-    def _arrange(self, clip: Clip, tokens: Tensor) -> list[Tensor]:
-        """One [tokens, D] for each image of a clip from its tokens [views, h, w, D]."""
-        pooling = self.config.visual_pooling
-        if clip.in_list:
-            return [pooling.arrange(view[None], None, size) for view, size in zip(tokens, clip.sizes)]
-        return [pooling.arrange(tokens, self.image_newline, clip.sizes[0])]
-
-    def encode_media(self, mm_encoder_outputs: dict | None = None, **media) -> dict[str, PPLlavaVisualFeatures]:
-        """`mm_encoder_outputs` and :meth:`get_media_features` of the arguments `media` in one."""
-        outputs = {kind: x for kind, x in (mm_encoder_outputs or {}).items() if x is not None}
-        given = {name: value for name, value in media.items() if value is not None}
-        for kind in MODALITIES:
-            if PIXELS[kind] in given and kind in outputs:
-                raise ValueError(
-                    f"{PIXELS[kind]} and mm_encoder_outputs[{kind!r}] are the same {kind}s twice; pass one of them"
-                )
-        if any(PIXELS[kind] in given for kind in MODALITIES):
-            return {**outputs, **self.get_media_features(**given)}
-        if not outputs and "guide_input_ids" in given:
-            raise ValueError(
-                f"guide_input_ids has {len(given['guide_input_ids'])} rows, but no pixel_values or pixel_values_videos "
-                "came with it; leave it out for a prompt without image or video"
-            )
-        return outputs
 
     def embed(
         self,
@@ -509,6 +337,4 @@ __all__ = [
     "PPLlavaModel",
     "PPLlavaPreTrainedModel",
     "PPLlavaVisualFeatures",
-    "stretch_position_embedding",
-    "stretch_text_model",
 ]
