@@ -138,36 +138,45 @@ def fit(config: PPLlavaConfig, processor: PPLlavaProcessor, tokens: int, frames:
     config.pooling_output_size = processor.pooling_output_size = list(config.visual_pooling.fit(tokens, frames))
 
 
-def prompt(processor: PPLlavaProcessor, media: list[Medium], question: str) -> Any:
-    """The inputs of the model: the files in order, and one question about all of them."""
+def prompt(processor: PPLlavaProcessor, groups: list[list[Medium]], question: str) -> Any:
+    """The inputs of the model: one prompt for each group of files, which holds them in order and then the question."""
     for token in (processor.image_token, processor.video_token):
         if token in question:
             raise Failure(Exit.USAGE, f"QUESTION must not hold {token}, which stands for a file; leave it out")
-    blocks = [{"type": medium.kind, medium.kind: medium.source} for medium in media]
-    conversation = [{"role": "user", "content": [*blocks, {"type": "text", "text": question}]}]
-    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True)
+    conversations = []
+    for group in groups:
+        blocks = [{"type": medium.kind, medium.kind: medium.source} for medium in group]
+        conversations.append([{"role": "user", "content": [*blocks, {"type": "text", "text": question}]}])
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"padding_side": "left"},  # answers continue at the end
+    )
 
 
 def room(config: PPLlavaConfig, inputs: Any, asked: int | None) -> int:
-    """How many tokens the answer may have: as many as asked for, or as the context leaves."""
-    limit = getattr(config.text_config, "max_position_embeddings", None)
-    rope = getattr(config.text_config, "rope_parameters", None) or {}
-    if limit is None or rope.get("rope_type") == "dynamic":
+    """How many tokens an answer may have: as many as asked for, or as the context leaves after the longest prompt."""
+    limit = config.context_length
+    if limit is None:
         return asked or MAX_NEW_TOKENS
-    ids = inputs["input_ids"]  # [1, S]
+    ids = inputs["input_ids"]  # [N, S]
     length = ids.shape[1]
-    visual = sum(int((ids == token).sum()) for token in (config.image_token_id, config.video_token_id))
-    shorten = "pass fewer --frames or --tokens, fewer files, or a shorter question"
+    longest = ids[inputs["attention_mask"].sum(dim=1).argmax()]  # [S]
+    visual = sum(int((longest == token).sum()) for token in (config.image_token_id, config.video_token_id))
+    name, files = ("the prompt", "fewer files, ") if len(ids) == 1 else ("the longest prompt", "")
+    shorten = f"pass fewer --frames or --tokens, {files}or a shorter question"
     if length >= limit:
         raise Failure(
             Exit.PROMPT,
-            f"the prompt has {length} tokens, {visual} of them visual, and with the answer it must fit into the "
+            f"{name} has {length} tokens, {visual} of them visual, and with the answer it must fit into the "
             f"{limit} of the model; {shorten}",
         )
     if asked is not None and length + asked > limit:
         raise Failure(
             Exit.PROMPT,
-            f"the prompt of {length} tokens, {visual} of them visual, and --max-new-tokens {asked} must fit into the "
+            f"{name} of {length} tokens, {visual} of them visual, and --max-new-tokens {asked} must fit into the "
             f"{limit} of the model; pass at most --max-new-tokens {limit - length}, or {shorten}",
         )
     return asked or min(MAX_NEW_TOKENS, limit - length)
@@ -191,6 +200,9 @@ def load_processor(model: str | None, preset: str | None) -> tuple[PPLlavaConfig
         found = PPLlavaConfig.get_config_dict(model)[0].get("model_type")
         if found != PPLlavaConfig.model_type:
             raise ValueError(f"config.json must have model_type 'ppllava', got {found!r}; pass the folder of a PPLLaVA")
+        if not os.path.isfile(os.path.join(model, "processor_config.json")):
+            remedy = "convert it again, with --tokenizer and --guide-tokenizer"
+            raise ValueError(f"it has no processor_config.json; {remedy}")
         return PPLlavaConfig.from_pretrained(model), PPLlavaProcessor.from_pretrained(model)
 
 
@@ -228,25 +240,36 @@ def encode(network: PPLlavaForConditionalGeneration, inputs: Any) -> dict[str, A
 
 
 class Stream(TextStreamer):
-    """Collects the answer in pieces, and prints them as they come.
+    """Collects the answers to a batch of prompts; with `echo` prints that to an only prompt as it comes.
 
-    first  time.perf_counter() of the first token; count is how many tokens came
+    first  time.perf_counter() of the first tokens
     """
 
     def __init__(self, tokenizer: Any, echo: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.echo, self.pieces, self.count, self.first = echo, [], 0, None
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.echo, self.steps, self.first = echo, [], None
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.first = self.first or time.perf_counter()
-            self.count += value.numel()
-        super().put(value)
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.first = self.first or time.perf_counter()
+        self.steps.append(value)  # [N]
+        if self.echo:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.pieces.append(text)
         if self.echo:
-            print(text, end="\n" if stream_end else "", flush=True)
+            super().on_finalized_text(text, stream_end)
+
+    def answers(self, ends: int | list[int] | None) -> list[tuple[str, int]]:
+        """(text, number of tokens) of each answer, up to the first of the tokens `ends`; what follows is padding."""
+        last = {ends} if isinstance(ends, int) else set(ends or ())
+        found = []
+        for row in torch.stack(self.steps, dim=1).tolist():  # [N, T]
+            count = next((i for i, token in enumerate(row, start=1) if token in last), len(row))
+            found.append((self.tokenizer.decode(row[:count], **self.decode_kwargs).strip(), count))
+        return found
 
 
 def visual_tokens(media: list[Medium], features: dict[str, Any]) -> list[int]:
@@ -259,27 +282,18 @@ def visual_tokens(media: list[Medium], features: dict[str, Any]) -> list[int]:
 
 
 def draw_relevance(
-    path: Path, media: list[Medium], features: dict[str, Any], processor: PPLlavaProcessor, question: str
+    path: Path, groups: list[list[Medium]], features: dict[str, Any], processor: PPLlavaProcessor, question: str
 ) -> list[str]:
     """Write the relevance of each file, at `path`, or at path-1, path-2, ... for several; where they are."""
     from .relevance import draw, save_mp4, save_png, scale
 
-    maps = {kind: [x.float().cpu().numpy() for x in output.relevance] for kind, output in features.items()}
-    images = sum(medium.kind == "image" for medium in media)
-    targets, seen = [], {"image": 0, "video": 0}
-    for number, medium in enumerate(media, start=1):
-        which = seen[medium.kind]
-        seen[medium.kind] += 1
-        if medium.kind == "video":
-            relevance = group = maps["video"][which]  # [T, h, w]
-        else:
-            # A single image is seen whole, and then in parts, which are not drawn. Several are a list on one scale.
-            relevance = maps["image"][0][which : which + 1]  # [1, h, w]
-            group = maps["image"][0] if images > 1 else relevance
-        in_views = medium.kind == "image" and images == 1 and processor.image_grid_pinpoints
+    drawn = list(_relevance(groups, features))
+    targets = []
+    for number, (medium, relevance, shared) in enumerate(drawn, start=1):
+        in_views = medium.kind == "image" and len(shared) == 1 and processor.image_grid_pinpoints
         cropped = processor.resize_mode == "crop" and not in_views
-        frames = draw(_center(medium.frames) if cropped else medium.frames, relevance, scale(group))
-        target = path if len(media) == 1 else path.with_stem(f"{path.stem}-{number}")
+        frames = draw(_center(medium.frames) if cropped else medium.frames, relevance, scale(shared))
+        target = path if len(drawn) == 1 else path.with_stem(f"{path.stem}-{number}")
         times = medium.source.timestamps if medium.kind == "video" else None
         if path.suffix.lower() == ".png":
             save_png(target, frames, times, f"{os.path.basename(medium.path)}: {question}")
@@ -288,6 +302,19 @@ def draw_relevance(
             save_mp4(target, frames, min(max((len(times) - 1) / seconds if seconds else 1, 1), 30))
         targets.append(str(target))
     return targets
+
+
+def _relevance(groups: list[list[Medium]], features: dict[str, Any]) -> Iterator[tuple[Medium, np.ndarray, np.ndarray]]:
+    """Each file, its relevance [T, h, w], and the relevance on whose scale it is drawn."""
+    maps = {kind: iter([x.float().cpu().numpy() for x in output.relevance]) for kind, output in features.items()}
+    for group in groups:
+        images = sum(medium.kind == "image" for medium in group)
+        # The only image of a prompt is seen whole, and then in parts, which are not drawn. Several are a list.
+        listed = next(maps["image"])[:images] if images else None  # [images, h, w]
+        views = iter(listed[:, None] if images else ())
+        for medium in group:
+            relevance = next(maps["video"] if medium.kind == "video" else views)
+            yield medium, relevance, relevance if medium.kind == "video" else listed
 
 
 def _center(frames: np.ndarray) -> np.ndarray:

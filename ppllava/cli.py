@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,14 @@ def ask(
     seed: Annotated[int, Option(min=0, help="Of the sampling.")] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[Dtype, Option(help="Of the weights; auto is that of the files.")] = Dtype.AUTO,
-    as_json: Annotated[bool, Option("--json", help="One JSON object, not the answer as it is written.")] = False,
+    each: Annotated[
+        bool,
+        Option("--each", help="Ask about each file by itself, in one batch; of several, print lines PATH: ANSWER."),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        Option("--json", help="One JSON object, not the answer as it is written; with --each a line for each file."),
+    ] = False,
     relevance: Annotated[
         Path | None,
         Option(
@@ -83,7 +91,7 @@ def ask(
         ),
     ] = None,
 ) -> None:
-    """Ask one question about videos and images."""
+    """Ask one question about videos and images: about all of them together, or with --each about each by itself."""
     *paths, question = arguments
     _check_question(paths, question)
     _check_options(model, preset, frames, fps, start, end)
@@ -109,7 +117,8 @@ def ask(
             media = [read(path, kind, **sampling) for path, kind in zip(paths, kinds)]
         if tokens is not None:
             fit(config, processor, tokens, max(len(medium.frames) for medium in media if medium.kind == "video"))
-        inputs = prompt(processor, media, question)
+        groups = [[medium] for medium in media] if each else [media]
+        inputs = prompt(processor, groups, question)
         options = {"max_new_tokens": room(config, inputs, max_new_tokens), "num_beams": 1, "do_sample": temperature > 0}
         if temperature:
             options["temperature"] = temperature
@@ -118,25 +127,31 @@ def ask(
         with torch.inference_mode():
             with _timed(clock, "encode", "looking"):
                 features = encode(network, inputs.to(place))
-            stream = Stream(processor.tokenizer, echo=not as_json)
+            stream = Stream(processor.tokenizer, echo=not as_json and len(groups) == 1)
             torch.manual_seed(seed)
             began = time.perf_counter()
-            with _timed(clock, "generate"):
+            with _timed(clock, "generate", None if stream.echo else "answering"):
                 network.generate(**inputs, mm_encoder_outputs=features, streamer=stream, **options)
         clock["first_token"] = (stream.first or began) - began
-        drawn = [] if relevance is None else draw_relevance(relevance, media, features, processor, question)
+        answers = stream.answers(network.generation_config.eos_token_id)
+        if not as_json and len(groups) > 1:
+            for path, (text, _) in zip(paths, answers):
+                print(f"{path}: {' '.join(text.splitlines())}", flush=True)
+        drawn = [] if relevance is None else draw_relevance(relevance, groups, features, processor, question)
     if as_json:
-        counts = visual_tokens(media, features)
-        answer = {
-            "answer": "".join(stream.pieces).strip(),
-            "model": preset if model is None else model,
-            "media": [{**medium.summary(), "visual_tokens": n} for medium, n in zip(media, counts)],
-            "prompt_tokens": inputs["input_ids"].shape[1],
-            "new_tokens": stream.count,
-            "timings": {name: round(seconds, 4) for name, seconds in clock.items()},
-            "relevance": drawn,
-        }
-        print(json.dumps(answer, ensure_ascii=False))
+        counts, drawings = iter(visual_tokens(media, features)), iter(drawn)
+        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        for group, length, (text, new_tokens) in zip(groups, prompt_tokens, answers):
+            answer = {
+                "answer": text,
+                "model": preset if model is None else model,
+                "media": [{**medium.summary(), "visual_tokens": next(counts)} for medium in group],
+                "prompt_tokens": length,
+                "new_tokens": new_tokens,
+                "timings": {name: round(seconds, 4) for name, seconds in clock.items()},
+                "relevance": list(islice(drawings, len(group))),
+            }
+            print(json.dumps(answer, ensure_ascii=False))
     for path in drawn:
         _note(f"wrote {path}")
 
@@ -264,7 +279,7 @@ def _explain(error: BaseException) -> tuple[Exit, str]:
     if isinstance(error, Failure):
         return error.code, str(error)
     if is_memory(error):
-        remedy = "pass fewer --frames or --tokens, --dtype bfloat16, or another --device"
+        remedy = "pass fewer files, --frames or --tokens, --dtype bfloat16, or another --device"
         return Exit.MEMORY, f"out of memory ({sentence(error, 100)}); {remedy}"
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return Exit.INTERRUPTED, "interrupted"
@@ -313,7 +328,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=VideoWarning)
-            warnings.filterwarnings("always", message="guide_text of")
+            warnings.filterwarnings("default", message="guide_text of")  # one note for all files
             warnings.showwarning = lambda message, *_, **__: _note(str(message))
             yield
     finally:

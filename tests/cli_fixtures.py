@@ -4,6 +4,7 @@ import json
 
 import clips
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -11,6 +12,20 @@ from ppllava import cli, presets
 
 QUESTION = "What is it?"
 QUICK = ("--preset", "tiny", "--frames", "4", "--max-new-tokens", "4")
+
+
+def speak(*texts, pause=lambda: None):
+    """A `generate` that says these, one to each prompt, byte by byte."""
+
+    def generate(model, input_ids, streamer, **kwargs):
+        streamer.put(input_ids)
+        rows = streamer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for tokens in zip(*rows, strict=True):
+            streamer.put(torch.tensor(tokens))
+            pause()
+        streamer.end()
+
+    return generate
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import clips
 import numpy as np
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, ask, call, files, saved
+from cli_fixtures import QUESTION, QUICK, ask, call, files, saved, speak
 from PIL import Image
 
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, asking, cli, presets
@@ -158,22 +158,9 @@ def test_a_clip_is_decoded_and_encoded_once(ask, monkeypatch):
     assert calls == ["read", "encode"]
 
 
-def speak(text, pause=lambda: None):
-    """A `generate` that says so, byte by byte."""
-
-    def generate(model, input_ids, streamer, **kwargs):
-        streamer.put(input_ids)
-        for token in streamer.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            streamer.put(torch.tensor([token]))
-            pause()
-        streamer.end()
-
-    return generate
-
-
 def test_the_answer_streams(call, monkeypatch):
     seen = []
-    generate = speak("A cat. Ça va?", lambda: seen.append(sys.stdout.buffer.getvalue().decode()))
+    generate = speak("A cat. Ça va?", pause=lambda: seen.append(sys.stdout.buffer.getvalue().decode()))
     monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", generate)
     result = call("ask", "a.mp4", QUESTION, *QUICK)
     assert result.stdout == "A cat. Ça va?\n"

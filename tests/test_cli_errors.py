@@ -205,7 +205,7 @@ def test_out_of_memory(call, monkeypatch, where, error):
     monkeypatch.setattr(cli, where, fail)
     assert failure(call("ask", "a.mp4", QUESTION, *QUICK)) == (
         6,
-        f"out of memory ({error}); pass fewer --frames or --tokens, --dtype bfloat16, or another --device",
+        f"out of memory ({error}); pass fewer files, --frames or --tokens, --dtype bfloat16, or another --device",
     )
 
 
