@@ -91,6 +91,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"exactly one of input_ids and inputs_embeds must be given, got {got}; pass one of them")
+        self.check_length(input_ids, inputs_embeds)
         outputs = self.encode_media(mm_encoder_outputs, **media)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # [N, S, D]
@@ -100,7 +101,6 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 merged = self._merge(kind, input_ids, inputs_embeds, merged, outputs[kind].pooler_output)
             elif input_ids is not None and input_ids.shape[1] > 1:
                 self._check_no_placeholders(kind, input_ids, past_key_values)
-        self._check_length(merged, past_key_values, outputs)
         return merged
 
     @can_return_tuple
@@ -189,17 +189,18 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 f"input_ids holds {found} <{kind}> tokens, but no {kind} came with them; pass {PIXELS[kind]}"
             )
 
-    def _check_length(self, inputs_embeds: Tensor, past: Cache | None, outputs: dict) -> None:
-        """Past its context a language model answers nonsense or fails in the middle."""
-        limit = self.config.context_length
-        if limit is None or torch.compiler.is_compiling() or _length(past):
+    def check_length(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        """A ValueError for prompts past the context: the answer would be nonsense, or fail half-way."""
+        prompts, limit = inputs_embeds if input_ids is None else input_ids, self.config.context_length
+        if prompts is None or limit is None or torch.compiler.is_compiling() or prompts.shape[1] <= limit:
             return
-        if (length := inputs_embeds.shape[1]) > limit:
-            visual = sum(len(x) for output in outputs.values() for x in output.pooler_output)
-            raise ValueError(
-                f"a prompt must fit into the {limit} positions of the language model, got {length} tokens, {visual} of "
-                "all prompts visual; sample fewer frames, set pooling_output_size, or shorten the text"
-            )
+        tokens = (self.config.image_token_id, self.config.video_token_id)
+        visual = None if input_ids is None else max(sum((row == token).sum() for token in tokens) for row in input_ids)
+        raise ValueError(
+            f"a prompt must fit into the {limit} positions of the language model, got {prompts.shape[1]} tokens"
+            f"{'' if visual is None else f', up to {visual} of them visual'}; sample fewer frames, set "
+            "pooling_output_size, or shorten the text"
+        )
 
 
 class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
@@ -236,6 +237,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             names = inspect.signature(self.model.get_media_features).parameters
             media = {name: kwargs.pop(name) for name in ("mm_encoder_outputs", *names) if name in kwargs}
             self._check_chunks(*args[1:2], **kwargs)
+            self.model.check_length(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             kwargs["mm_encoder_outputs"] = self.model.encode_media(**media)
         return super().generate(*args, **kwargs)
 

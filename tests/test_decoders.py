@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import attended, batch, close, generate
+from tiny import CHUNKS, attended, batch, close, generate
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, presets
@@ -78,9 +78,14 @@ def test_longer_than_the_context():
     model = build("llama")
     inputs = batch(200, processor=presets.build_processor(presets.preset_config("tiny")))
     tokens = inputs["input_ids"].shape[1]
-    with pytest.raises(
-        ValueError, match=rf"must fit into the 256 positions .*, got {tokens} tokens, 400 of all prompts"
-    ):
+    message = (
+        f"a prompt must fit into the 256 positions of the language model, got {tokens} tokens, up to 400 of them "
+        "visual; sample fewer frames, set pooling_output_size, or shorten the text"
+    )
+    for options in ({}, {"prefill_chunk_size": 32} if CHUNKS else {"num_beams": 2}):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            generate(model, inputs, **options)
+    with pytest.raises(ValueError, match=f"^{message}$"):
         model(**inputs)
-    with pytest.raises(ValueError, match="must fit into the 256 positions"):
-        generate(model, inputs)
+    with pytest.raises(ValueError, match=r"got 300 tokens; sample fewer frames"):
+        model(inputs_embeds=torch.zeros(1, 300, 48))

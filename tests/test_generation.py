@@ -5,8 +5,8 @@ from threading import Thread
 
 import pytest
 import torch
-import transformers
 from test_images import TEXTS, mixed
+from tiny import CHUNKS
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from ppllava import modeling_ppllava, presets, projector
@@ -46,9 +46,6 @@ def counts(monkeypatch):
     yield calls
     for handle in handles:
         handle.remove()
-
-
-CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 @pytest.mark.parametrize(
