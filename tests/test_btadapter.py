@@ -1,20 +1,16 @@
 """The BT-Adapter tower against the original's numbers (tests/golden/README.md), and what the original has not: clips of
 several lengths in one call, frames in chunks."""
 
-import json
 import re
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_data import golden, meta
 from transformers import AutoConfig, AutoModel
 
 from ppllava import btadapter
 from ppllava.btadapter import BTAdapterVisionConfig, BTAdapterVisionModel
 
-GOLDEN = Path(__file__).parent / "golden"
 RENAMED = {
     "vision_model.btadapter_S_layers.": "adapter.spatial_layers.",
     "vision_model.btadapter_T_layers.": "adapter.temporal_layers.",
@@ -24,11 +20,6 @@ RENAMED = {
 }
 
 
-@cache
-def golden(case, name):
-    return load_file(GOLDEN / case / f"{name}.safetensors")
-
-
 def renamed(name):
     old = next(old for old in RENAMED if name.startswith(old))
     return RENAMED[old] + name.removeprefix(old)
@@ -36,7 +27,7 @@ def renamed(name):
 
 def tower(case="btadapter", layers=None):
     """The original's weights, truncated to hidden state `layers`."""
-    config = json.loads((GOLDEN / case / "meta.json").read_text())["config"]
+    config = dict(meta(case)["config"])
     depth, frames = config.pop("depth"), config.pop("max_T")
     model = BTAdapterVisionModel(BTAdapterVisionConfig(**config, adapter_depth=depth, adapter_max_frames=frames))
     model.load_state_dict({renamed(name): x for name, x in golden(case, "weights").items()})
