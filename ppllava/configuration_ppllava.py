@@ -12,7 +12,7 @@ from . import (
     btadapter,  # registers its vision tower with the Auto classes
     original,
 )
-from .pooling import POOLINGS, VisualPooling, frozen
+from .pooling import SIZES, VisualPooling
 
 # The text tower that belongs to each vision tower.
 GUIDES = {
@@ -86,7 +86,11 @@ class PPLlavaConfig(PreTrainedConfig):
                 "max_position_embeddings": 248,
             },
         ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064}),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="llama",
+            init_kwargs={"vocab_size": 32064, "max_position_embeddings": 4096},
+        ),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -112,13 +116,7 @@ class PPLlavaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
-        for name in (
-            "pooling_kernel_size",
-            "pooling_stride",
-            "pooling_output_size",
-            "image_pooling_kernel_size",
-            "image_pooling_stride",
-        ):
+        for name in SIZES:
             if getattr(self, name) is not None:
                 setattr(self, name, list(triple(name, getattr(self, name))))  # a list, as in config.json
         tied = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
@@ -146,11 +144,14 @@ class PPLlavaConfig(PreTrainedConfig):
 
     @property
     def context_length(self) -> int | None:
-        """Positions of the language model; None where it has no limit."""
+        """Positions of the language model, with those that scaled rotary embeddings add; None where it has no limit."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
         rope = getattr(self.text_config, "rope_parameters", None) or {}
-        return (
-            None if rope.get("rope_type") == "dynamic" else getattr(self.text_config, "max_position_embeddings", None)
-        )
+        if limit is None or rope.get("rope_type") == "dynamic":
+            return None
+        # Some configurations count the positions before the scaling, some after it.
+        before = rope.get("original_max_position_embeddings") or (limit if rope.get("rope_type") == "linear" else 0)
+        return max(limit, int(before * float(rope.get("factor") or 1)))
 
     @property
     def token_width(self) -> int:
@@ -166,15 +167,7 @@ class PPLlavaConfig(PreTrainedConfig):
     @property
     def visual_pooling(self) -> VisualPooling:
         """The pooling as the model and the processor compute it."""
-        names = ("kernel_size", "stride", "output_size")
-        return VisualPooling(
-            mode=self.pooling,
-            grid=self.patch_grid,
-            view_size=_pair(self.vision_config.image_size)[0],
-            grid_pinpoints=frozen(self.image_grid_pinpoints or ()),
-            **{name: frozen(getattr(self, f"pooling_{name}")) for name in names},
-            **{f"image_{name}": frozen(getattr(self, f"image_pooling_{name}")) for name in names[:2]},
-        )
+        return VisualPooling.of(self, self.patch_grid, _pair(self.vision_config.image_size)[0])
 
     def _check(self) -> None:
         vision, guide = self.vision_config.model_type, self.guide_config.model_type
@@ -194,7 +187,12 @@ class PPLlavaConfig(PreTrainedConfig):
                 f"vision_feature_layer must name the output of one of the {layers} layers of vision_config, "
                 f"{-layers} ... -1 or 1 ... {layers}, got {self.vision_feature_layer}; the original model uses -2"
             )
-        self._check_pooling()
+        _ = self.visual_pooling  # which checks itself
+        if not self.pooling_temperature > 0:
+            got = self.pooling_temperature
+            raise ValueError(f"pooling_temperature must be positive, got {got}; the original model uses 0.01")
+        if self.valuew_plus and not self.siglip:
+            raise ValueError("valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False")
         if self.vision_chunk is not None and self.vision_chunk < 1:
             raise ValueError(f"vision_chunk must be at least 1 frame, got {self.vision_chunk}; None is all at once")
         vocabulary = self.text_config.vocab_size
@@ -209,38 +207,6 @@ class PPLlavaConfig(PreTrainedConfig):
                 f"image_token_index and video_token_index must differ, got {self.image_token_index} for both; add a "
                 "token to the tokenizer for one of them"
             )
-
-    def _check_pooling(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
-        if self.pooling == "adaptive_mean" and self.pooling_output_size is None:
-            raise ValueError("pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)")
-        grid = self.patch_grid
-        for name in ("pooling_kernel_size", "image_pooling_kernel_size"):
-            kernel = getattr(self, name)
-            used = kernel is not None and (name.startswith("image") or self.pooling_output_size is None)
-            if used and any(k > n for k, n in zip(kernel[1:], grid)):
-                raise ValueError(
-                    f"{name} must fit into the {grid[0]} x {grid[1]} patches of a frame, got {kernel}; use a smaller "
-                    "one, or pooling_output_size"
-                )
-        if self.image_pooling_kernel_size is not None and self.image_pooling_kernel_size[0] != 1:
-            raise ValueError(
-                f"image_pooling_kernel_size must be one frame deep, got {self.image_pooling_kernel_size}; several "
-                "would mix the images of a list"
-            )
-        if not self.pooling_temperature > 0:
-            got = self.pooling_temperature
-            raise ValueError(f"pooling_temperature must be positive, got {got}; the original model uses 0.01")
-        if self.valuew_plus and not self.siglip:
-            raise ValueError("valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False")
-        size = _pair(self.vision_config.image_size)
-        for height, width in self.image_grid_pinpoints or ():
-            if height % size[0] or width % size[1] or height < 1 or width < 1:
-                raise ValueError(
-                    f"image_grid_pinpoints must be multiples of the {size[0]} x {size[1]} pixels of a view, got "
-                    f"{[height, width]}; round it"
-                )
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

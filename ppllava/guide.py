@@ -34,11 +34,20 @@ class PPLlavaGuide(nn.Module):
         else:
             self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
             self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value), dtype=dtype))
+
+    def _apply(self, fn, recurse: bool = True) -> PPLlavaGuide:
+        """`to`, `half` and the like leave the scale in float32: exp(4.6052) in bfloat16 is 99, off by one per cent."""
+        before = self.logit_scale.data
+        super()._apply(fn, recurse)
+        if self.logit_scale.dtype.itemsize < 4:
+            self.logit_scale.data = before.to(self.logit_scale.device)
+        return self
 
     @property
     def scale(self) -> Tensor:
-        """s = exp(logit_scale), at least in float32: in bfloat16 it would be off by one per cent."""
+        """s = exp(logit_scale)."""
         return self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
 
     def embed_text(self, guide_input_ids: Tensor, guide_attention_mask: Tensor | None = None) -> Tensor:
@@ -53,6 +62,13 @@ class PPLlavaGuide(nn.Module):
             raise ValueError(
                 f"guide_attention_mask must have the shape of guide_input_ids, {list(guide_input_ids.shape)}, got "
                 f"{list(guide_attention_mask.shape)}; pass both as PPLlavaProcessor makes them"
+            )
+        # Padding on the left would shift the question, and pipelines pad so.
+        known = guide_attention_mask is not None and not torch.compiler.is_compiling()
+        if known and (guide_attention_mask[:, 1:] > guide_attention_mask[:, :-1]).any():
+            raise ValueError(
+                "guide_attention_mask must be ones and then zeros, got padding on the left; pass it as "
+                "PPLlavaProcessor makes it, and to pipelines batch_size=1"
             )
         pooled = self.text_model(guide_input_ids, attention_mask=guide_attention_mask).pooler_output
         return pooled if self.config.siglip else self.text_projection(pooled)

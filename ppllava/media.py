@@ -94,7 +94,7 @@ def _check_views(views: list[int], sizes: list, pooling: VisualPooling) -> None:
             f"image_views must be 1 for each image of a list, got {views}; give each image a group of its own for views"
         )
     if len(views) == 1 and views[0] > 1:
-        rows, columns = pooling.view_grid(sizes[0]) if pooling.grid_pinpoints else (0, 0)
+        rows, columns = pooling.view_grid(sizes[0]) if pooling.image_grid_pinpoints else (0, 0)
         if views[0] != 1 + rows * columns:
             raise ValueError(
                 f"image_views must be 1, or 1 + {rows} * {columns} for an image of {sizes[0][0]} x {sizes[0][1]} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import accumulate
 
 import torch
 import transformers
@@ -20,6 +21,8 @@ from .guide import PPLlavaGuide
 from .loading import StrictLoading
 from .projector import PPLlavaProjector
 from .visual_features import MODALITIES, PIXELS, PPLlavaVisualFeatures, VisualFeatures
+
+RELATIVE = ("bloom", "mpt")  # without position_ids, since nothing depends on where a prompt starts
 
 
 class PPLlavaPreTrainedModel(StrictLoading, PreTrainedModel):
@@ -69,6 +72,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 f"{type(self.language_model).__name__}; use another language model"
             )
         self._language_model_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
+        self._counts_padding = config.text_config.model_type not in RELATIVE
         # Of the original's format: what no output depends on.
         self._keys_to_ignore_on_load_unexpected = original.unused_keys(config)
         self.post_init()
@@ -99,6 +103,8 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         for kind in MODALITIES:
             if kind in outputs:
                 merged = self._merge(kind, input_ids, inputs_embeds, merged, outputs[kind].pooler_output)
+                if media.get(PIXELS[kind]) is not None and input_ids is not None:
+                    self.check_rows(kind, input_ids, outputs[kind].pooler_output)
             elif input_ids is not None and input_ids.shape[1] > 1:
                 self._check_no_placeholders(kind, input_ids, past_key_values)
         return merged
@@ -147,17 +153,27 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **self.positions(position_ids, attention_mask, past_key_values),
+            **self.positions(position_ids, attention_mask, inputs_embeds.shape[1]),
             **kwargs,
         )
 
-    def positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, past: Cache | None) -> dict:
-        """position_ids [N, S] as an argument of the language model, counted from the first token of each prompt where
-        they are not given: with padding on the left, learned positions would count the padding."""
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and not _length(past):
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        known = position_ids is not None and "position_ids" in self._language_model_arguments
-        return {"position_ids": position_ids} if known else {}
+    def positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
+        """position_ids [N, S] as an argument of the language model, for S = length new tokens: counted from the first
+        token of each prompt where they are not given, or padding on the left would be counted, too.
+
+        Raises:
+            ValueError: for padding on the left where the language model counts it and takes no positions.
+        """
+        takes = "position_ids" in self._language_model_arguments
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            if takes:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            elif self._counts_padding and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
+                raise ValueError(
+                    f"attention_mask must have no padding on the left for {type(self.language_model).__name__}, which "
+                    "takes no position_ids, got some; pass prompts one by one"
+                )
+        return {"position_ids": position_ids} if takes and position_ids is not None else {}
 
     def _merge(
         self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, merged: Tensor, media: tuple[Tensor, ...]
@@ -179,6 +195,18 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 f"{copied if found > len(features) else 'do not truncate it'}"
             )
         return merged.masked_scatter(mask.unsqueeze(-1), features)
+
+    def check_rows(self, kind: str, input_ids: Tensor, media: tuple[Tensor, ...]) -> None:
+        """Each image or video lies in one prompt: none starts in one and ends in the next."""
+        if torch.compiler.is_compiling():
+            return
+        counts = (input_ids == getattr(self.config, f"{kind}_token_id")).sum(1).tolist()  # [N]
+        ends = {0, *accumulate(len(x) for x in media)}
+        if not ends.issuperset(accumulate(counts)):
+            raise ValueError(
+                f"input_ids must hold all <{kind}> tokens of each {kind} in one prompt, got {counts} in the prompts "
+                f"for {kind}s of {[len(x) for x in media]} tokens; let PPLlavaProcessor expand the prompts"
+            )
 
     def _check_no_placeholders(self, kind: str, input_ids: Tensor, past_key_values: Cache | None) -> None:
         """A prompt without media has no placeholders; what the model itself generates after it may be anything."""
@@ -233,19 +261,22 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(self, *args, **kwargs):
         """As in transformers; images and videos are encoded before, in one pass of the vision tower."""
-        if any(kwargs.get(name) is not None for name in PIXELS.values()):
-            names = inspect.signature(self.model.get_media_features).parameters
-            media = {name: kwargs.pop(name) for name in ("mm_encoder_outputs", *names) if name in kwargs}
+        names = ("mm_encoder_outputs", *inspect.signature(self.model.get_media_features).parameters)
+        if any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", *PIXELS.values())):
             self._check_chunks(*args[1:2], **kwargs)
             self.model.check_length(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            kwargs["mm_encoder_outputs"] = self.model.encode_media(**media)
+            outputs = self.model.encode_media(**{name: kwargs.pop(name) for name in names if name in kwargs})
+            if kwargs.get("input_ids") is not None:
+                for kind, output in outputs.items():
+                    self.model.check_rows(kind, kwargs["input_ids"], output.pooler_output)
+            # Copies: for beams, transformers repeats what is in them.
+            kwargs["mm_encoder_outputs"] = {kind: type(output)(**output) for kind, output in outputs.items()}
         return super().generate(*args, **kwargs)
 
-    @staticmethod
-    def _check_chunks(generation_config=None, prefill_chunk_size: int | None = None, **kwargs) -> None:
+    def _check_chunks(self, generation_config=None, prefill_chunk_size: int | None = None, **kwargs) -> None:
         """Before 5.23, transformers forgets what was encoded in all chunks but the first."""
-        size = prefill_chunk_size or getattr(generation_config, "prefill_chunk_size", None)
-        if size and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        given = prefill_chunk_size or (generation_config or self.generation_config).prefill_chunk_size
+        if given and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             raise ValueError(
                 f"prefill_chunk_size with images or videos needs transformers 5.23, got {transformers.__version__}; "
                 "leave it out, or upgrade"
@@ -310,7 +341,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
-            **self.model.positions(position_ids, attention_mask, past_key_values),
+            **self.model.positions(position_ids, attention_mask, inputs_embeds.shape[1]),
             **({"logits_to_keep": logits_to_keep} if keeps else {}),
             **kwargs,
         )

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ppllava_kernels import pooled_size
+from ppllava_kernels.shapes import triple
 
 POOLINGS = ("prompt_guided", "adaptive_mean", "temporal_mean", "none")
+SIZES = (
+    "pooling_kernel_size",
+    "pooling_stride",
+    "pooling_output_size",
+    "image_pooling_kernel_size",
+    "image_pooling_stride",
+)
 
 
 class Window(NamedTuple):
@@ -24,56 +32,68 @@ class Window(NamedTuple):
     output_size: tuple[int, ...] | None = None
 
 
-def frozen(size: Sequence | None) -> tuple | None:
-    """Lists, as JSON has them, as tuples."""
-    return None if size is None else tuple(frozen(n) if isinstance(n, (list, tuple)) else n for n in size)
-
-
 @dataclass(frozen=True)
 class VisualPooling:
-    """The pooling of a configuration, as :class:`PPLlavaConfig` documents its fields.
+    """The pooling of a configuration or a processor, whose fields :class:`PPLlavaConfig` documents.
 
-    grid            (H, W), patches of one frame or view
-    view_size       pixels of the edge of one frame or view
-    grid_pinpoints  (height, width) in pixels of the grids of views an image may be cut into
+    grid       (H, W), patches of one frame or view
+    view_size  pixels of the edge of one frame or view
+
+    Raises:
+        ValueError, TypeError: for a combination that cannot work; the message says what to do.
     """
 
-    mode: str
     grid: tuple[int, int]
     view_size: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...] | None = None
-    output_size: tuple[int, ...] | None = None
-    image_kernel_size: tuple[int, ...] | None = None
-    image_stride: tuple[int, ...] | None = None
-    grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    pooling: str = "prompt_guided"
+    pooling_kernel_size: tuple[int, ...] = (2, 3, 3)
+    pooling_stride: tuple[int, ...] | None = None
+    pooling_output_size: tuple[int, ...] | None = None
+    image_pooling_kernel_size: tuple[int, ...] | None = None
+    image_pooling_stride: tuple[int, ...] | None = None
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, triple(name, getattr(self, name)))
+        pinpoints = tuple(tuple(pinpoint) for pinpoint in self.image_grid_pinpoints or ())
+        object.__setattr__(self, "image_grid_pinpoints", pinpoints)
+        self._check()
+
+    @classmethod
+    def of(cls, owner: Any, grid: tuple[int, int], view_size: int) -> VisualPooling:
+        """That of a configuration or a processor."""
+        names = ("pooling", *SIZES, "image_grid_pinpoints")
+        return cls(grid, view_size, **{name: getattr(owner, name) for name in names})
 
     @property
     def guided(self) -> bool:
-        return self.mode == "prompt_guided"
+        return self.pooling == "prompt_guided"
 
     def video_window(self, frames: int) -> Window:
         """The windows of a clip; one shorter than the kernel is one window over all of its frames."""
-        if self.mode == "none":
+        if self.pooling == "none":
             return Window((1, 1, 1))
-        if self.mode == "temporal_mean":
+        if self.pooling == "temporal_mean":
             return Window(output_size=(1, *self.grid))
-        if self.output_size is not None:
-            return Window(output_size=tuple(self.output_size))
-        stride = tuple(self.stride or self.kernel_size)
-        if frames < self.kernel_size[0]:
-            return Window((frames, *self.kernel_size[1:]), (frames, *stride[1:]))
-        return Window(tuple(self.kernel_size), stride)
+        if self.pooling_output_size is not None:
+            return Window(output_size=self.pooling_output_size)
+        kernel, stride = self.pooling_kernel_size, self.pooling_stride or self.pooling_kernel_size
+        if frames < kernel[0]:
+            return Window((frames, *kernel[1:]), (frames, *stride[1:]))
+        return Window(kernel, stride)
 
     def image_window(self) -> Window:
         """The windows of each view of an image."""
-        if self.mode in ("none", "temporal_mean"):
+        if self.pooling in ("none", "temporal_mean"):
             return Window((1, 1, 1))
-        if self.mode == "adaptive_mean":
-            return Window(output_size=(1, *self.output_size[1:]))
-        kernel = self.image_kernel_size or (1, *self.kernel_size[1:])
-        stride = self.image_stride or (kernel if self.image_kernel_size else (1, *(self.stride or kernel)[1:]))
-        return Window(tuple(kernel), tuple(stride))
+        if self.pooling == "adaptive_mean":
+            return Window(output_size=(1, *self.pooling_output_size[1:]))
+        if self.image_pooling_kernel_size is not None:
+            return Window(self.image_pooling_kernel_size, self.image_pooling_stride or self.image_pooling_kernel_size)
+        kernel = (1, *self.pooling_kernel_size[1:])
+        return Window(kernel, self.image_pooling_stride or (1, *(self.pooling_stride or kernel)[1:]))
 
     def pooled_size(self, frames: int, window: Window) -> tuple[int, ...]:
         """(To, Ho, Wo) of a clip."""
@@ -91,7 +111,7 @@ class VisualPooling:
 
     def view_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """(rows, columns) of the grid of views that an image of `size` (height, width) is cut into."""
-        pinpoints = [list(pinpoint) for pinpoint in self.grid_pinpoints]
+        pinpoints = [list(pinpoint) for pinpoint in self.image_grid_pinpoints]
         return get_anyres_image_grid_shape(tuple(size), pinpoints, self.view_size)
 
     def arrange(self, tokens: Tensor, newline: Tensor | None, size: Sequence[int]) -> Tensor:
@@ -116,12 +136,41 @@ class VisualPooling:
     def fit(self, tokens: int, frames: int) -> tuple[int, int, int]:
         """An output_size of at most `tokens` tokens for a clip of so many frames: first fewer steps in time, then in
         space, and never more of either than the kernel would leave."""
-        steps, height, width = self.pooled_size(max(frames, self.kernel_size[0]), Window(self.kernel_size, self.stride))
+        window = Window(self.pooling_kernel_size, self.pooling_stride)
+        steps, height, width = self.pooled_size(max(frames, self.pooling_kernel_size[0]), window)
         if tokens < height * width:
             shrink = math.sqrt(tokens / (height * width))
             height = max(1, int(height * shrink))
             width = max(1, min(int(width * shrink), tokens // height))
         return min(steps, max(1, tokens // (height * width))), height, width
 
+    def _check(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.pooling == "adaptive_mean" and self.pooling_output_size is None:
+            raise ValueError("pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)")
+        depth = (self.image_pooling_kernel_size or (1,))[0]
+        if depth != 1:
+            raise ValueError(
+                f"image_pooling_kernel_size must be one frame deep, got {list(self.image_pooling_kernel_size)}; "
+                "several would mix the images of a list"
+            )
+        own = "pooling_kernel_size" if self.image_pooling_kernel_size is None else "image_pooling_kernel_size"
+        windows = {"pooling_kernel_size": self.video_window(2**31 - 1), own: self.image_window()}
+        for name, window in windows.items():
+            if window.kernel_size and any(k > n for k, n in zip(window.kernel_size[1:], self.grid)):
+                image = "" if window.output_size or name != own or self.pooling_output_size is None else " for images"
+                remedy = "image_pooling_kernel_size" if image else "pooling_output_size"
+                raise ValueError(
+                    f"{name} must fit into the {self.grid[0]} x {self.grid[1]} patches of a frame{image}, got "
+                    f"{list(getattr(self, name))}; use a smaller one, or {remedy}"
+                )
+        for pinpoint in self.image_grid_pinpoints:
+            if len(pinpoint) != 2 or any(n < 1 or n % self.view_size for n in pinpoint):
+                raise ValueError(
+                    f"image_grid_pinpoints must be [height, width] in multiples of the {self.view_size} pixels of a "
+                    f"view, got {list(pinpoint)}; round it"
+                )
 
-__all__ = ["POOLINGS", "VisualPooling", "Window", "frozen"]
+
+__all__ = ["POOLINGS", "SIZES", "VisualPooling", "Window"]

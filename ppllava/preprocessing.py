@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import load_image
 
 from .sampling import sample_uniform
 
+# What Pillow decodes by itself.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX", "SGI")
 _URLS = ("http:", "https:", "data:")
 
 
@@ -23,7 +26,7 @@ def flatten_videos(videos: Any) -> list[Any]:
     return list(
         _flatten(
             videos,
-            _is_clip,
+            is_clip,
             4,
             "a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images",
             "add the axis of the frames to a single image",
@@ -36,7 +39,7 @@ def flatten_images(images: Any) -> list[Any]:
     return list(
         _flatten(
             images,
-            _is_image,
+            is_image,
             3,
             "an image must be a path, a PIL image, uint8 [H, W, 3] or a tensor [3, H, W]",
             "pass frames as videos",
@@ -74,16 +77,34 @@ def read_image(image: Any) -> Image.Image:
                 f"{list(image.shape)}; convert it to uint8 RGB"
             )
         return Image.fromarray(np.ascontiguousarray(rgb))
-    name = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if isinstance(image, Image.Image):
+        return _rgb(image)
+    name = os.fspath(image)
     # A base64 string is long and no path; everything else was meant as one.
-    if isinstance(name, str) and len(name) < 512 and not os.path.exists(name) and not name.startswith(_URLS):
+    if len(name) < 512 and not os.path.exists(name) and not name.startswith(_URLS):
         raise FileNotFoundError(f"{name}: there is no such image; check the path")
+    if os.path.exists(name):
+        return _rgb(open_image(name))
     try:
         return load_image(name)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        shown = name if isinstance(name, str) and len(name) < 512 else type(image).__name__
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{shown}: cannot be read as an image ({reason}); pass a file that Pillow opens") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(name if len(name) < 512 else "image", error) from None
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """An image file, decoded when it is used.
+
+    Raises:
+        ValueError: for what Pillow cannot open, for formats that run other programs (PostScript), and for images that
+            would take more memory than Pillow's limit.
+    """
+    Image.init()  # some plugins are there only where their library is
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _unreadable(os.fspath(path), error) from None
 
 
 def to_pixels(frames: Tensor, edge: int, mean: Sequence[float], std: Sequence[float], resize_mode: str) -> Tensor:
@@ -102,6 +123,21 @@ def to_pixels(frames: Tensor, edge: int, mean: Sequence[float], std: Sequence[fl
     return ((frames - center) / scale).contiguous()  # [T, 3, edge, edge]
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(getattr(image, "filename", "") or type(image).__name__, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    reason = str(error).split("\n")[0][:200]
+    return ValueError(f"{name}: cannot be read as an image ({reason}); pass a file that Pillow opens")
+
+
 def as_frames(image: Image.Image) -> Tensor:
     """One image as uint8 [1, 3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -118,20 +154,20 @@ def _flatten(items: Any, is_one: Callable[[Any], bool], axes: int, expected: str
         raise ValueError(f"{expected}, got {got}; {remedy}")
 
 
-def _is_clip(video: Any) -> bool:
+def is_clip(video: Any) -> bool:
     if isinstance(video, (list, tuple)) and not hasattr(video, "frames"):
         return len(video) > 0 and (hasattr(video[0], "convert") or getattr(video[0], "ndim", 0) == 3)
     return isinstance(video, (str, os.PathLike)) or hasattr(video, "frames") or getattr(video, "ndim", 0) == 4
 
 
-def _is_image(image: Any) -> bool:
+def is_image(image: Any) -> bool:
     return isinstance(image, (str, os.PathLike)) or hasattr(image, "convert") or getattr(image, "ndim", 0) == 3
 
 
 def _as_tensor(frames: Any) -> Tensor:
     """Decoded frames as uint8 [T, H, W, 3] or [T, 3, H, W]."""
     if isinstance(frames, (list, tuple)):
-        images = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in frames]
+        images = [np.asarray(_rgb(image) if hasattr(image, "convert") else image) for image in frames]
         shapes = {image.shape for image in images}
         if len(shapes) > 1:
             raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}; resize them to one")
@@ -147,4 +183,14 @@ def _as_tensor(frames: Any) -> Tensor:
     return frames
 
 
-__all__ = ["as_frames", "flatten_images", "flatten_videos", "read_frames", "read_image", "to_pixels"]
+__all__ = [
+    "as_frames",
+    "flatten_images",
+    "flatten_videos",
+    "is_clip",
+    "is_image",
+    "open_image",
+    "read_frames",
+    "read_image",
+    "to_pixels",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import reprlib
 import warnings
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -19,11 +20,24 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.processing_utils import TextKwargs
 
 from .configuration_ppllava import PPLlavaConfig
-from .pooling import VisualPooling, frozen
-from .preprocessing import as_frames, flatten_images, flatten_videos, read_frames, read_image, to_pixels
+from .pooling import VisualPooling
+from .preprocessing import (
+    as_frames,
+    flatten_images,
+    flatten_videos,
+    is_clip,
+    is_image,
+    read_frames,
+    read_image,
+    to_pixels,
+)
 from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
+
+# What transformers' pipelines and templates pass to every processor.
+_OTHER = ("common_kwargs", "images_kwargs", "audio_kwargs", "sanitize_control_tokens", "sampling_rate")
 
 
 class PPLlavaProcessor(ProcessorMixin):
@@ -86,6 +100,7 @@ class PPLlavaProcessor(ProcessorMixin):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.num_frames, self.guide_max_length, self.guide_padding = num_frames, guide_max_length, guide_padding
         self.image_token, self.video_token, self.turn_markers = image_token, video_token, list(turn_markers)
+        _ = self.visual_pooling  # which checks itself
         self.image_token_id = self._token_id(tokenizer, "image_token")
         self.video_token_id = self._token_id(tokenizer, "video_token")
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
@@ -120,17 +135,7 @@ class PPLlavaProcessor(ProcessorMixin):
     @property
     def visual_pooling(self) -> VisualPooling:
         """The pooling as the model computes it."""
-        return VisualPooling(
-            mode=self.pooling,
-            grid=(self.image_size // self.patch_size,) * 2,
-            view_size=self.image_size,
-            kernel_size=frozen(self.pooling_kernel_size),
-            stride=frozen(self.pooling_stride),
-            output_size=frozen(self.pooling_output_size),
-            image_kernel_size=frozen(self.image_pooling_kernel_size),
-            image_stride=frozen(self.image_pooling_stride),
-            grid_pinpoints=frozen(self.image_grid_pinpoints),
-        )
+        return VisualPooling.of(self, (self.image_size // self.patch_size,) * 2, self.image_size)
 
     def __call__(
         self,
@@ -181,6 +186,7 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError("audio is not supported, only text, images and videos; leave it out")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}; the model takes torch tensors only")
+        self._check_names(kwargs)
         prompts = self._prompts(text)
         pictures = [] if images is None else flatten_images(images)
         clips = [] if videos is None else flatten_videos(videos)
@@ -211,10 +217,11 @@ class PPLlavaProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers; with `tokenize=True` the last user turn of each conversation becomes its `guide_text`."""
         kwargs["load_audio_from_video"] = False  # `transformers serve` asks for sound, which the model does not hear
-        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "content")
+        first = conversation[0] if len(conversation) else None
+        batched = isinstance(first, (list, tuple)) or hasattr(first, "content")
         conversations = conversation if batched else [conversation]
         for messages in conversations:
-            _check_blocks(messages)
+            self._check_blocks(messages, bool(kwargs.get("tokenize")))
         if kwargs.get("tokenize"):
             guides = [_question(messages) for messages in conversations]
             # transformers 5.20 drops processor_kwargs where these come as plain arguments.
@@ -222,6 +229,25 @@ class PPLlavaProcessor(ProcessorMixin):
             given = kwargs.pop("processor_kwargs", None) or {}
             kwargs["processor_kwargs"] = {"guide_text": guides, **plain, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _check_blocks(self, messages: Any, tokenize: bool) -> None:
+        messages = getattr(messages, "messages", messages)
+        if not len(messages):
+            raise ValueError("a conversation must have at least one message, got none; ask something")
+        for message in messages:
+            content = message.get("content")
+            for block in () if content is None or isinstance(content, str) else content:
+                if block.get("type") not in ("text", "image", "video"):
+                    raise ValueError(
+                        f"a block of a message must be of type text, image or video, got {block.get('type')!r}; the "
+                        "model knows nothing else, leave it out"
+                    )
+                for token in (self.image_token, self.video_token):
+                    if tokenize and token in block.get("text", ""):
+                        raise ValueError(
+                            f"a block of text must not hold {token}, which stands for a file; write it otherwise, and "
+                            "pass files as blocks of their own"
+                        )
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Visual tokens of a clip of `num_frames`: what the model's pooling leaves of it."""
@@ -286,6 +312,16 @@ class PPLlavaProcessor(ProcessorMixin):
             )
         return found
 
+    def _check_names(self, given: dict[str, Any]) -> None:
+        """The tokenizer would swallow a misspelt name in silence."""
+        known = {*inspect.signature(type(self.tokenizer).__call__).parameters, *TextKwargs.__annotations__, *_OTHER}
+        known.update(GenerationConfig().to_dict())  # which pipelines pass on
+        if wrong := [name for name, value in given.items() if name not in known and value is not None]:
+            raise ValueError(
+                f"{wrong[0]} must be an argument of the processor or of its tokenizer, got {given[wrong[0]]!r}; check "
+                "the spelling"
+            )
+
     def _counts(self, prompts: list[str], kind: str, given: Any, media: list) -> list[int]:
         """How many placeholders each prompt has."""
         token = getattr(self, f"{kind}_token")
@@ -295,12 +331,12 @@ class PPLlavaProcessor(ProcessorMixin):
                 f"text must hold one {token} for each {kind}, got {sum(counts)} of them and {len(media)} {kind}s; "
                 f"write one where each {kind} belongs"
             )
-        flatten = flatten_images if kind == "image" else flatten_videos
-        if media and len(prompts) > 1 and isinstance(given, (list, tuple)) and len(given) == len(prompts):
-            # Nested by prompt, unless one of them is a single image or video: then the list is flat.
-            lengths = [len(flatten(one)) if isinstance(one, (list, tuple)) else -1 for one in given]
-            flat = -1 in lengths or all(n == 1 for n in lengths)
-            if not flat and lengths != counts:
+        # Nested by prompt, media belong to theirs; one list of single media is in order of the placeholders.
+        flatten, is_one = (flatten_images, is_image) if kind == "image" else (flatten_videos, is_clip)
+        nested = isinstance(given, (list, tuple)) and not is_one(given)
+        if nested and any(isinstance(one, (list, tuple)) and not is_one(one) for one in given):
+            lengths = [len(flatten(one)) for one in given]
+            if lengths != counts:
                 raise ValueError(
                     f"text must hold one {token} for each {kind} of its prompt, got {counts} of them and {lengths} "
                     f"{kind}s; write one where each {kind} belongs"
@@ -325,6 +361,8 @@ class PPLlavaProcessor(ProcessorMixin):
                 f"guide_text must be one question, or one for each of the {len(prompts)} prompts, got {len(guides)}"
             )
         for i, (guide, count) in enumerate(zip(guides, counts)):
+            if not isinstance(guide, str):
+                raise ValueError(f"guide_text must be text, got {guide!r} for prompt {i}; pass the question")
             if count and not guide.strip():
                 raise ValueError(
                     f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a "
@@ -362,17 +400,6 @@ class PPLlavaProcessor(ProcessorMixin):
         if self.guide_padding == "longest":
             inputs["guide_attention_mask"] = padded["attention_mask"]
         return inputs
-
-
-def _check_blocks(messages: Any) -> None:
-    for message in getattr(messages, "messages", messages):
-        content = message.get("content")
-        for block in () if content is None or isinstance(content, str) else content:
-            if block.get("type") not in ("text", "image", "video"):
-                raise ValueError(
-                    f"a block of a message must be of type text, image or video, got {block.get('type')!r}; the model "
-                    "knows nothing else, leave it out"
-                )
 
 
 def _question(messages: Any) -> str:

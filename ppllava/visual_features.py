@@ -23,7 +23,8 @@ class PPLlavaVisualFeatures(BaseModelOutputWithPooling):
     pooler_output  one [tokens, D] per image or video. Of a video: frames, then rows, then columns. Of an image: the
                    base view, then the grid of views line by line without padding, `image_newline` after each line
     relevance      one float32 [T, H, W] per group of images or video, sums to 1: how relevant each patch is to the
-                   question. T are the frames; the views of an image; the images of a list. None without guidance
+                   question. T are the frames; the views of an image; the images of a list. None without guidance; with
+                   `valuew_plus` times that, and not summing to 1
     """
 
     relevance: tuple[Tensor, ...] | None = None

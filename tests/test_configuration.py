@@ -14,6 +14,7 @@ def test_defaults_are_the_7b_model():
     config = PPLlavaConfig()
     assert config.patch_grid == (24, 24)
     assert config.vision_layers == 23
+    assert config.context_length == 4096
     assert config.guide_config.max_position_embeddings == 248
     assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (4096, 32)
     assert (config.pooling, config.pooling_kernel_size, config.pooling_stride) == ("prompt_guided", [2, 3, 3], None)
@@ -30,6 +31,44 @@ def test_config_survives_json():
     assert isinstance(again.text_config, Qwen2Config)
     assert again.visual_pooling == config.visual_pooling
     assert again.visual_pooling.video_window(9) == Window(output_size=(4, 8, 8))
+
+
+LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("text_config", "positions"),
+    [
+        (LLAMA, 4096),
+        ({**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        ({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, None),
+        (
+            {
+                **LLAMA,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+            },
+            16384,
+        ),
+        (
+            {
+                **LLAMA,
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+        ({"model_type": "bloom"}, None),
+    ],
+)
+def test_context_length(text_config, positions):
+    config = PPLlavaConfig(text_config={"vocab_size": 32064, **text_config})
+    assert config.context_length == positions
 
 
 TINY_CLIP = {"num_hidden_layers": 3, "image_size": 42, "patch_size": 7}
@@ -66,10 +105,16 @@ CONFIG_ERRORS = [
         "image_pooling_kernel_size must fit into the 6 x 6 patches of a frame, got [1, 3, 7]; use a smaller one, or "
         "pooling_output_size",
     ),
+    (
+        {"pooling_output_size": 2, "vision_config": {**TINY_CLIP, "patch_size": 21}},
+        "pooling_kernel_size must fit into the 2 x 2 patches of a frame for images, got [2, 3, 3]; use a smaller one, "
+        "or image_pooling_kernel_size",
+    ),
     ({"valuew_plus": True}, "valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False"),
     (
         {"image_grid_pinpoints": [[336, 672], [300, 336]]},
-        "image_grid_pinpoints must be multiples of the 336 x 336 pixels of a view, got [300, 336]; round it",
+        "image_grid_pinpoints must be [height, width] in multiples of the 336 pixels of a view, got [300, 336]; round "
+        "it",
     ),
     (
         {"video_token_index": 32000},

@@ -89,3 +89,21 @@ def test_longer_than_the_context():
         model(**inputs)
     with pytest.raises(ValueError, match=r"got 300 tokens; sample fewer frames"):
         model(inputs_embeds=torch.zeros(1, 300, 48))
+
+
+@pytest.mark.parametrize("name", ["bart", "pegasus"])
+def test_decoders_that_count_padding(name):
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "d_model": 48}
+    DECODERS[name] = {**sizes, "is_decoder": True, "is_encoder_decoder": False}
+    model, processor = build(name), presets.build_processor(presets.preset_config("tiny"))
+    with torch.no_grad():
+        for i in range(2):
+            single = batch(*[(4, 9)[i] if j == i else None for j in range(2)], processor=processor)
+            right = batch(4, 9, processor=processor, padding_side="right")
+            close(attended(right, model(**right).logits)[i], model(**single).logits[0], TOLERANCE)
+    message = (
+        f"attention_mask must have no padding on the left for {type(model.model.language_model).__name__}, which takes "
+        "no position_ids, got some; pass prompts one by one"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        model(**batch(4, 9, processor=processor))

@@ -72,12 +72,14 @@ def test_every_mode_generates_the_same(name, options):
     assert torch.equal(model.generate(**inputs, **GREEDY, **options), model.generate(**inputs, **GREEDY))
 
 
-@pytest.mark.parametrize("where", ["argument", "generation_config"])
+@pytest.mark.parametrize("where", ["argument", "generation_config", "model"])
 def test_chunks_before_5_23_are_an_error(where, monkeypatch):
     monkeypatch.setattr(modeling_ppllava.transformers, "__version__", "5.22.1")
     model, processor = built()
     config = GenerationConfig(prefill_chunk_size=7)
-    options = {"prefill_chunk_size": 7} if where == "argument" else {"generation_config": config}
+    options = {"argument": {"prefill_chunk_size": 7}, "generation_config": {"generation_config": config}}.get(where, {})
+    if where == "model":
+        monkeypatch.setattr(model, "generation_config", config)
     with pytest.raises(ValueError, match=r"^prefill_chunk_size with images or videos needs transformers 5\.23, got 5"):
         model.generate(**mixed(processor), **options)
 
@@ -125,6 +127,8 @@ def test_encoded_before():
     rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**rest, **GREEDY, mm_encoder_outputs=features), expected)
+    model.generate(**rest, **GREEDY, mm_encoder_outputs=features, num_beams=3)
+    assert torch.equal(model.generate(**rest, **GREEDY, mm_encoder_outputs=features), expected)  # beams change nothing
     with pytest.raises(ValueError, match=r"^pixel_values and mm_encoder_outputs\['image'\] are the same images twice"):
         model.generate(**inputs, **GREEDY, mm_encoder_outputs=features)
 

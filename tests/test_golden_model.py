@@ -71,7 +71,7 @@ def test_merged_inputs(case, name):
     inputs, outputs = made.inputs(side(name)), made.outputs()
     mask = outputs["merged_attention_mask"].bool()
     assert [len(row) for row in made.rows] == mask.sum(1).tolist()
-    positions = model.positions(None, inputs["attention_mask"], None)["position_ids"]
+    positions = model.positions(None, inputs["attention_mask"], inputs["input_ids"].shape[1])["position_ids"]
     for row, expected, seen in zip(attended(inputs, positions), outputs["merged_position_ids"], mask):
         assert torch.equal(row, expected[seen])
     if "merged_inputs_embeds" in outputs:
@@ -179,23 +179,23 @@ def test_error_placeholders(name, found):
         run(load("model"), made, input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def test_error_one_frame_video():
+def test_error_one_frame_video(changed):
     """Here one frame is one window in time: the same tokens as with a kernel one frame deep."""
-    model, made = load("model").model, batch(load("model"), "model", "video")
-    media = {
-        **made.media,
-        "pixel_values_videos": made.media["pixel_values_videos"][:1],
-        "video_frames": torch.tensor([1]),
-    }
-    with torch.no_grad():
-        one = model.get_media_features(**media)["video"].pooler_output[0]
-    assert one.shape == (16, 40)
+    made = batch(changed, "model", "video")
+    one = {"pixel_values_videos": made.media["pixel_values_videos"][:1], "video_frames": torch.tensor([1])}
+    tokens = []
+    for kernel in ([2, 3, 3], [1, 3, 3]):
+        changed.config.__dict__.update(pooling_kernel_size=kernel, pooling_stride=kernel)
+        with torch.no_grad():
+            tokens += changed.get_media_features(**{**made.media, **one})["video"].pooler_output
+    assert tokens[0].shape == (16, 40)
+    assert torch.equal(*tokens)
 
 
 def test_error_T_gt_max_T():
     model, made = load("model").model, batch(load("model"), "model", "video")
     pixels = made.media["pixel_values_videos"].repeat(3, 1, 1, 1)[:17]
-    with pytest.raises(ValueError, match="17"):
+    with pytest.raises(ValueError, match=r"^a clip must have at most adapter_max_frames = 16 .*, got .*17"):
         model.get_media_features(**{**made.media, "pixel_values_videos": pixels, "video_frames": torch.tensor([17])})
 
 

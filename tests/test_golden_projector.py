@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from close import assert_close
 from golden_data import close, golden, meta, projector_model
+from transformers import SiglipTextConfig, SiglipTextModel
 
 VARIANTS = {
     "variant_temp1": {"pooling_temperature": 1.0},
@@ -122,14 +123,18 @@ def test_a_clip_of_one_frame():
     assert torch.equal(*outs)
 
 
-def test_siglip_without_stretched_positions():
-    """The original loads a CLIP model there and fails (meta.errors, extend_false_*)."""
-    assert "extend_false_with_siglip_weights" in meta("proj_siglip")["errors"]
-    given = meta("proj_siglip")["siglip_config"]
-    model = projector_model(
-        "proj_siglip", guide_config={**given["text"], "model_type": "siglip_text_model", "max_position_embeddings": 196}
-    )
-    table = model.guide.text_model.embeddings.position_embedding
-    table.weight.data = table.weight.data[:64]
+@pytest.mark.parametrize("name", ["extend_false_with_siglip_weights", "extend_false_with_clip_weights"])
+def test_siglip_without_stretched_positions(name):
+    """The original loads a CLIP model there and fails (meta.errors); here it is SigLIP's own text tower."""
+    given = meta("proj_siglip")
+    assert name in given["errors"]
+    text = {**given["siglip_config"]["text"], "max_position_embeddings": 64}
+    ids = golden("proj_siglip", "inputs")["short_text/clip_ids"]
+    stock = SiglipTextModel(SiglipTextConfig(**text)).eval()
+    model = projector_model("proj_siglip")
+    model.guide.text_model = stock
     model.config.guide_config.max_position_embeddings = 64
-    assert model.guide.embed_text(golden("proj_siglip", "inputs")["short_text/clip_ids"]).shape == (1, 24)
+    with torch.no_grad():
+        close(model.guide.embed_text(ids), stock(ids).pooler_output, 1e-6)
+    with pytest.raises(ValueError, match="at most the 64 positions"):
+        model.guide.embed_text(torch.ones(1, 65, dtype=torch.long))

@@ -75,6 +75,15 @@ def test_files(kind, tmp_path, processor):
     assert all(torch.equal(again[name], value) for name, value in inputs.items())
 
 
+def test_sixteen_bits(tmp_path, processor):
+    levels = np.linspace(0, 65535, 42 * 42).reshape(42, 42).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    expected = processor.preprocess_image(Image.fromarray((levels >> 8).astype(np.uint8)), views=False)
+    for image in (tmp_path / "deep.png", Image.fromarray(levels)):
+        close(processor.preprocess_image(image, views=False), expected, 0.02)
+    close(processor.preprocess_video([Image.fromarray(levels)]), expected, 0.02)
+
+
 def test_a_photo_is_turned_upright(tmp_path, processor):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
@@ -226,7 +235,7 @@ def test_images_train_their_newline(built):
 
 
 def test_budget():
-    pooling = VisualPooling("prompt_guided", (24, 24), 336, (2, 3, 3))
+    pooling = VisualPooling((24, 24), 336)
     assert pooling.fit(1024, 32) == (16, 8, 8)
     assert pooling.fit(1024, 3600) == (16, 8, 8)
     assert pooling.fit(1024, 8) == (4, 8, 8)
@@ -252,6 +261,20 @@ ERRORS = {
         {"text": [ONE, TWO], "images": [[picture(), picture()], [picture()]]},
         "text must hold one <image> for each image of its prompt, got [1, 2] of them and [2, 1] images; write one "
         "where each image belongs",
+    ),
+    "one each of another prompt": (
+        {"text": [TWO, "USER: Hello ASSISTANT: "], "images": [[picture()], [picture()]]},
+        "text must hold one <image> for each image of its prompt, got [2, 0] of them and [1, 1] images; write one "
+        "where each image belongs",
+    ),
+    "of no prompt": (
+        {"text": ONE, "images": [[], [picture()]]},
+        "text must hold one <image> for each image of its prompt, got [1] of them and [0, 1] images; write one where "
+        "each image belongs",
+    ),
+    "guide": (
+        {"text": [ONE, "x"], "images": picture(), "guide_text": ["q", None]},
+        "guide_text must be text, got None for prompt 1; pass the question",
     ),
     "floats": (
         {"text": ONE, "images": np.zeros((8, 8, 3), np.float32)},
@@ -288,6 +311,24 @@ def test_a_block_of_another_type(kind, processor):
         processor.apply_chat_template(chat, tokenize=True)
 
 
+@pytest.mark.parametrize("conversation", [[], [[]]])
+def test_an_empty_conversation(conversation, processor):
+    message = "a conversation must have at least one message, got none; ask something"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        processor.apply_chat_template(conversation, tokenize=True)
+
+
+@pytest.mark.parametrize("token", ["<image>", "<video>"])
+def test_text_that_holds_a_placeholder(token, processor):
+    message = (
+        f"a block of text must not hold {token}, which stands for a file; write it otherwise, and pass files as blocks "
+        "of their own"
+    )
+    chat = [{"role": "user", "content": [{"type": "text", "text": f"What does {token} mean?"}]}]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        processor.apply_chat_template(chat, tokenize=True)
+
+
 @pytest.mark.parametrize("content", [[], [{"type": "text", "text": " "}]])
 def test_a_conversation_without_a_question(content, processor):
     chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, *content]}]
@@ -310,10 +351,18 @@ def test_broken_file(content, tmp_path, processor):
         processor(text=ONE, images=str(path))
 
 
-def test_a_bomb_is_refused(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+@pytest.mark.parametrize("limit", [100, 2000])  # an error and a warning of Pillow
+def test_a_bomb_is_refused(limit, tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     path = tmp_path / "large.png"
     path.write_bytes(saved(picture()))
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        processor(text=ONE, images=str(path))
+
+
+def test_postscript_is_not_run(tmp_path, processor):
+    path = tmp_path / "picture.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         processor(text=ONE, images=str(path))
 

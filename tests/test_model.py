@@ -128,6 +128,17 @@ def test_greedy_is_repeated_full_forwards():
     assert generate(tiny()[0], inputs, cache_implementation="static", **never) == expected
 
 
+def test_decoding_without_generate_counts_from_the_first_token():
+    model, inputs = tiny()[0], batch(8, 5)  # padded on the left
+    with torch.no_grad():
+        out = model(**inputs)
+        token = out.logits[:, -1:].argmax(-1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+        one = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits[:, -1]
+        whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], token], 1), "attention_mask": mask}
+        close(one, model(**whole).logits[:, -1], 1e-4)
+
+
 @pytest.mark.parametrize("length", [4, 8])
 def test_prompt_lookup(length):
     inputs = alone(1, length)
@@ -244,6 +255,14 @@ def test_bfloat16():
     expected = tiny()[0](**batch(4, 5)).logits[:, -1]
     assert (logits[:, -1].float() - expected).norm() < 0.2 * expected.norm()
     assert torch.tensor(generate(model, inputs)).shape == (2, NEW)
+
+
+def test_the_scale_stays_in_float32():
+    for model in (presets.build("tiny", dtype=torch.bfloat16)[0], fresh().to(torch.bfloat16), fresh().half()):
+        assert model.model.guide.logit_scale.dtype == torch.float32
+        assert model.model.guide.scale.item() == pytest.approx(100, abs=0.1)
+        assert {p.dtype for p in model.parameters()} != {torch.float32}
+    assert fresh().double().model.guide.scale.dtype == torch.float64
 
 
 def test_attention_implementation_reaches_every_part():

@@ -11,6 +11,14 @@ def without(inputs, *names):
     return {name: value for name, value in inputs.items() if name not in names}
 
 
+def moved(ids):
+    """The first placeholder of prompt 0 stands in prompt 1."""
+    ids = ids.clone()
+    ids[0, (ids[0] == 3).nonzero()[0]] = 50
+    ids[1, -1] = 3
+    return ids
+
+
 def wrong_inputs():
     good = batch(4, 5)
     guide = ("guide_input_ids", "guide_attention_mask")
@@ -37,6 +45,16 @@ def wrong_inputs():
             {**good, "guide_attention_mask": good["guide_attention_mask"][:, 1:]},
             "guide_attention_mask must have the shape of guide_input_ids, [2, 40], got [2, 39]; pass both as "
             "PPLlavaProcessor makes them",
+        ),
+        "guide padded on the left": (
+            {**good, "guide_attention_mask": good["guide_attention_mask"].flip(1)},
+            "guide_attention_mask must be ones and then zeros, got padding on the left; pass it as PPLlavaProcessor "
+            "makes it, and to pipelines batch_size=1",
+        ),
+        "placeholders of another prompt": (
+            {**good, "input_ids": moved(ids), "attention_mask": None},
+            "input_ids must hold all <video> tokens of each video in one prompt, got [7, 9] in the prompts for videos "
+            "of [8, 8] tokens; let PPLlavaProcessor expand the prompts",
         ),
         "guide alone": (
             {"input_ids": torch.ones(1, 4, dtype=torch.long), "guide_input_ids": good["guide_input_ids"]},

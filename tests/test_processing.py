@@ -10,7 +10,7 @@ from clips import encode, read_index
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 
-from ppllava import PPLlavaProcessor, presets
+from ppllava import PPLlavaConfig, PPLlavaProcessor, presets
 from ppllava.sampling import sample_uniform
 
 MEAN, STD = (
@@ -400,6 +400,39 @@ def test_resize_mode_error():
     message = "resize_mode must be 'squash' or 'crop', got 'pad'; the original squashes"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         PPLlavaProcessor(processor().tokenizer, processor().guide_tokenizer, resize_mode="pad")
+
+
+def test_a_misspelt_argument():
+    message = "nframes must be an argument of the processor or of its tokenizer, got 2; check the spelling"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        processor()(text=TEXT, videos=clip(), nframes=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pooling": "mean"}, "pooling must be one of prompt_guided, adaptive_mean, temporal_mean, none, got 'mean'"),
+        (
+            {"pooling": "adaptive_mean"},
+            "pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)",
+        ),
+        (
+            {"image_grid_pinpoints": [[336]]},
+            "image_grid_pinpoints must be [height, width] in multiples of the 336 pixels of a view, got [336]; round "
+            "it",
+        ),
+    ],
+)
+def test_pooling_is_checked_as_in_the_configuration(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        PPLlavaProcessor(processor().tokenizer, processor().guide_tokenizer, **fields)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        PPLlavaConfig(**fields)
+
+
+def test_one_number_is_all_three():
+    other = PPLlavaProcessor(processor().tokenizer, processor().guide_tokenizer, pooling_kernel_size=3)
+    assert other.num_video_tokens(6) == 2 * 8 * 8
 
 
 def test_video_token_error():
