@@ -1,4 +1,4 @@
-"""`python -m ppllava` is the command `ppllava`."""
+"""`python -m ppllava` is the command `ppllava`, but for Ctrl-C while the package is imported: that is Python's own."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""What `ppllava ask` does, step by step: files, prompt, model, answer, drawings."""
+"""What `ppllava ask` does, step by step: files, prompt, model, answer."""
 
 from __future__ import annotations
 
@@ -9,43 +9,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum, IntEnum
-from pathlib import Path
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import TextStreamer
 
 from . import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
-from .preprocessing import read_image
+from .console import Exit, Failure, is_memory, sentence
+from .preprocessing import open_image, read_image
+from .sampling import check_count
 
 MAX_NEW_TOKENS = 256
-# Pillow opens these as images, and they may be clips. A photo of a phone (MPO) or a scan (TIFF) with several is none.
-ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-
-
-class Exit(IntEnum):
-    """The exit codes."""
-
-    OK = 0
-    BUG = 1
-    USAGE = 2
-    MEDIA = 3
-    MODEL = 4
-    PROMPT = 5
-    MEMORY = 6
-    INTERRUPTED = 130
-    PIPE = 141
-
-
-class Failure(Exception):
-    """Ends the command with an exit code and one sentence."""
-
-    def __init__(self, code: Exit, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
+# Pillow opens these as images, and they may be clips. A photo of a phone (MPO) or a scan (TIFF) with several is none,
+# and of a WebP, which FFmpeg does not play, the first image is taken.
+ANIMATED = ("GIF", "PNG", "AVIF")
 
 
 class Dtype(str, Enum):
@@ -57,19 +36,6 @@ class Dtype(str, Enum):
     @property
     def torch(self) -> torch.dtype | None:
         return None if self is Dtype.AUTO else getattr(torch, self.value)
-
-
-def sentence(error: BaseException, limit: int = 600) -> str:
-    """What an error says, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]} ..."
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether there was too little memory; the CPU's allocator and cuBLAS raise plain RuntimeErrors."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 # Files
@@ -101,7 +67,7 @@ def kind_of(path: str) -> str:
     if ending == "video" or not os.path.isfile(path):
         return "video"
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             animated = image.format in ANIMATED and getattr(image, "is_animated", False)
     except Exception:  # Pillow's plugins raise many
         return "image" if ending == "image" else "video"
@@ -119,30 +85,96 @@ def read(path: str, kind: str, **sampling: Any) -> Medium:
         clip = read_video(path, **sampling)
         return Medium(path, kind, clip, clip.frames)
     except (VideoError, OSError) as error:
+        if _past_limit(path, error):
+            raise _too_many(path) from error
         raise Failure(Exit.MEDIA, sentence(error)) from error
     except ValueError as error:
         if kind == "image":
             raise Failure(Exit.MEDIA, sentence(error)) from error
+        if _past_limit(path, error):
+            raise _too_many(path) from error
         raise Failure(Exit.USAGE, f"{path}: {sentence(error)}") from error  # the seconds or frames asked for
+
+
+def _past_limit(path: str, error: Exception) -> bool:
+    """Whether more is asked for than `read_video` gives at once; its remedies are no options of the command line."""
+    said = str(error).removeprefix(path)
+    return "max_bytes" in said or "max_frames" in said
+
+
+def _too_many(path: str) -> Failure:
+    remedy = "pass fewer --frames, a lower --fps, or a part of it with --start and --end"
+    return Failure(Exit.USAGE, f"{path}: has more frames asked for than can be held at once; {remedy}")
 
 
 # The prompt
 
 
-def fit(config: PPLlavaConfig, processor: PPLlavaProcessor, tokens: int, frames: int) -> None:
-    """Set the pooling of model and processor to at most so many visual tokens for each video."""
-    if config.pooling not in ("prompt_guided", "adaptive_mean"):
-        raise Failure(
-            Exit.USAGE, f"--tokens needs a model whose pooling has a budget, got {config.pooling!r}; use fewer --frames"
+def plan(
+    config: PPLlavaConfig, processor: PPLlavaProcessor, groups: list[list[tuple[str, int]]], tokens: int | None
+) -> None:
+    """Set the pooling of model and processor to at most `tokens` for each video, and see whether the prompts can fit.
+
+    groups  (kind, frames) of the files of each prompt
+    """
+    lengths = [frames for group in groups for kind, frames in group if kind == "video"]
+    if tokens is not None:
+        if config.pooling not in ("prompt_guided", "adaptive_mean"):
+            raise Failure(
+                Exit.USAGE,
+                f"--tokens needs a model whose pooling has a budget, got {config.pooling!r}; use fewer --frames",
+            )
+        config.pooling_output_size = processor.pooling_output_size = list(
+            config.visual_pooling.fit(tokens, max(lengths))
         )
-    config.pooling_output_size = processor.pooling_output_size = list(config.visual_pooling.fit(tokens, frames))
+    most = getattr(config.vision_config, "adapter_max_frames", None)
+    images = max(sum(kind == "image" for kind, _ in group) for group in groups)
+    if most is not None and max(lengths, default=0) > most:
+        raise Failure(
+            Exit.USAGE,
+            f"videos must have at most {most} frames for the BT-Adapter of this model, got {max(lengths)}; pass "
+            f"--frames {most}",
+        )
+    if most is not None and images > most:
+        raise Failure(
+            Exit.USAGE,
+            f"at most {most} images can be asked about together with the BT-Adapter of this model, got {images}; pass "
+            "fewer, or --each",
+        )
+    pooling, limit = config.visual_pooling, config.context_length
+    visual = max(sum(pooling.video_tokens(frames) for kind, frames in group if kind == "video") for group in groups)
+    if limit is not None and visual >= limit:
+        name, files = _named(len(groups))
+        raise Failure(
+            Exit.PROMPT,
+            f"{name} has {visual} tokens of videos alone, and with question and answer it must fit into the {limit} of "
+            f"the model; pass fewer --frames{files} or --tokens",
+        )
+
+
+def check_template(processor: PPLlavaProcessor, name: str, groups: list[list[str]], question: str) -> None:
+    """Whether the chat template of the model writes one placeholder for each file of these kinds."""
+    for token in (processor.image_token, processor.video_token):
+        if token in question:
+            raise Failure(Exit.USAGE, f"QUESTION must not hold {token}, which stands for a file; leave it out")
+    with loading(name):
+        for kinds in groups:
+            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
+            turns = [{"role": "user", "content": content}]
+            try:
+                text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # it is a program
+                raise ValueError(f"its chat template fails ({sentence(error)}); convert the model again") from error
+            for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
+                if (got := text.count(token)) != kinds.count(kind):
+                    raise ValueError(
+                        f"its chat template must write one {token} for each {kind}, got {got} for {kinds.count(kind)}; "
+                        "convert the model again"
+                    )
 
 
 def prompt(processor: PPLlavaProcessor, groups: list[list[Medium]], question: str) -> Any:
     """The inputs of the model: one prompt for each group of files, which holds them in order and then the question."""
-    for token in (processor.image_token, processor.video_token):
-        if token in question:
-            raise Failure(Exit.USAGE, f"QUESTION must not hold {token}, which stands for a file; leave it out")
     conversations = []
     for group in groups:
         blocks = [{"type": medium.kind, medium.kind: medium.source} for medium in group]
@@ -165,8 +197,8 @@ def room(config: PPLlavaConfig, inputs: Any, asked: int | None) -> int:
     length = ids.shape[1]
     longest = ids[inputs["attention_mask"].sum(dim=1).argmax()]  # [S]
     visual = sum(int((longest == token).sum()) for token in (config.image_token_id, config.video_token_id))
-    name, files = ("the prompt", "fewer files, ") if len(ids) == 1 else ("the longest prompt", "")
-    shorten = f"pass fewer --frames or --tokens, {files}or a shorter question"
+    name, files = _named(len(ids))
+    shorten = f"pass fewer --frames or --tokens{files}, or a shorter question"
     if length >= limit:
         raise Failure(
             Exit.PROMPT,
@@ -180,6 +212,11 @@ def room(config: PPLlavaConfig, inputs: Any, asked: int | None) -> int:
             f"{limit} of the model; pass at most --max-new-tokens {limit - length}, or {shorten}",
         )
     return asked or min(MAX_NEW_TOKENS, limit - length)
+
+
+def _named(prompts: int) -> tuple[str, str]:
+    """What the longest prompt is called, and what else makes it shorter."""
+    return ("the prompt", ", fewer files") if prompts == 1 else ("the longest prompt", "")
 
 
 # The model
@@ -203,7 +240,9 @@ def load_processor(model: str | None, preset: str | None) -> tuple[PPLlavaConfig
         if not os.path.isfile(os.path.join(model, "processor_config.json")):
             remedy = "convert it again, with --tokenizer and --guide-tokenizer"
             raise ValueError(f"it has no processor_config.json; {remedy}")
-        return PPLlavaConfig.from_pretrained(model), PPLlavaProcessor.from_pretrained(model)
+        config, processor = PPLlavaConfig.from_pretrained(model), PPLlavaProcessor.from_pretrained(model)
+        check_count("num_frames", processor.num_frames)
+        return config, processor
 
 
 def load_model(
@@ -228,6 +267,19 @@ def loading(model: str) -> Iterator[None]:
         if is_memory(error):
             raise
         raise Failure(Exit.MODEL, f"the model in {model!r} cannot be loaded: {sentence(error)}") from error
+
+
+@contextmanager
+def answering(model: str | None) -> Iterator[None]:
+    """What `generate` raises is about the generation_config.json of a folder; presets have none."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, ImportError) as error:
+        if model is None:
+            raise
+        raise Failure(
+            Exit.MODEL, f"the model in {model!r} cannot answer with its generation_config.json: {sentence(error)}"
+        ) from error
 
 
 def encode(network: PPLlavaForConditionalGeneration, inputs: Any) -> dict[str, Any]:
@@ -278,70 +330,20 @@ def visual_tokens(media: list[Medium], features: dict[str, Any]) -> list[int]:
     return [next(counts[medium.kind]) for medium in media]
 
 
-# The drawings
-
-
-def draw_relevance(
-    path: Path, groups: list[list[Medium]], features: dict[str, Any], processor: PPLlavaProcessor, question: str
-) -> list[str]:
-    """Write the relevance of each file, at `path`, or at path-1, path-2, ... for several; where they are."""
-    from .relevance import draw, save_mp4, save_png, scale
-
-    drawn = list(_relevance(groups, features))
-    targets = []
-    for number, (medium, relevance, shared) in enumerate(drawn, start=1):
-        in_views = medium.kind == "image" and len(shared) == 1 and processor.image_grid_pinpoints
-        cropped = processor.resize_mode == "crop" and not in_views
-        frames = draw(_center(medium.frames) if cropped else medium.frames, relevance, scale(shared))
-        target = path if len(drawn) == 1 else path.with_stem(f"{path.stem}-{number}")
-        times = medium.source.timestamps if medium.kind == "video" else None
-        if path.suffix.lower() == ".png":
-            save_png(target, frames, times, f"{os.path.basename(medium.path)}: {question}")
-        else:
-            seconds = float(times[-1] - times[0])
-            save_mp4(target, frames, min(max((len(times) - 1) / seconds if seconds else 1, 1), 30))
-        targets.append(str(target))
-    return targets
-
-
-def _relevance(groups: list[list[Medium]], features: dict[str, Any]) -> Iterator[tuple[Medium, np.ndarray, np.ndarray]]:
-    """Each file, its relevance [T, h, w], and the relevance on whose scale it is drawn."""
-    maps = {kind: iter([x.float().cpu().numpy() for x in output.relevance]) for kind, output in features.items()}
-    for group in groups:
-        images = sum(medium.kind == "image" for medium in group)
-        # The only image of a prompt is seen whole, and then in parts, which are not drawn. Several are a list.
-        listed = next(maps["image"])[:images] if images else None  # [images, h, w]
-        views = iter(listed[:, None] if images else ())
-        for medium in group:
-            relevance = next(maps["video"] if medium.kind == "video" else views)
-            yield medium, relevance, relevance if medium.kind == "video" else listed
-
-
-def _center(frames: np.ndarray) -> np.ndarray:
-    """The square [T, S, S, 3] in the middle of frames [T, H, W, 3], which is what resize_mode "crop" leaves."""
-    height, width = frames.shape[1:3]
-    edge = min(height, width)
-    top, left = (height - edge) // 2, (width - edge) // 2
-    return frames[:, top : top + edge, left : left + edge]
-
-
 __all__ = [
     "MAX_NEW_TOKENS",
     "Dtype",
-    "Exit",
-    "Failure",
     "Medium",
     "Stream",
-    "draw_relevance",
+    "answering",
+    "check_template",
     "encode",
-    "fit",
-    "is_memory",
     "kind_of",
     "load_model",
     "load_processor",
+    "plan",
     "prompt",
     "read",
     "room",
-    "sentence",
     "visual_tokens",
 ]

@@ -17,6 +17,7 @@ DECADES = 3  # what is drawn reaches this far below the peak; fainter patches do
 DIMMED = 0.6  # of the brightness of a frame stays, so that no white wall outshines the peak
 OPACITY = 0.7  # of the color at the peak
 WIDTH = 1600  # pixels of a contact sheet
+NARROWEST = 16  # to 1; a line of pixels is drawn as wide as that, or the sheet would be none
 
 
 def scale(relevance: np.ndarray) -> tuple[float, float]:
@@ -87,7 +88,7 @@ def draw(frames: np.ndarray, relevance: np.ndarray, limits: tuple[float, float] 
 def save_png(
     path: str | os.PathLike, frames: Sequence[np.ndarray], timestamps: Sequence[float] | None = None, title: str = ""
 ) -> None:
-    """Write a contact sheet: the frames row by row in about 4:3, each with its time.
+    """Write a contact sheet: the frames row by row in about 4:3, each with its time; those beyond 16:1 are squeezed.
 
     frames      T of uint8 [H, W, 3]
     timestamps  T of seconds; None leaves them out
@@ -97,22 +98,23 @@ def save_png(
     """
     matplotlib = _matplotlib()
     count, (height, width) = len(frames), frames[0].shape[:2]
-    columns = min(math.ceil(math.sqrt(4 / 3 * count * height / width)), count)
+    ratio = min(max(height / width, 1 / NARROWEST), NARROWEST)
+    columns = min(math.ceil(math.sqrt(4 / 3 * count * ratio)), count)
     rows = math.ceil(count / columns)
     # Inches; a hundred pixels each. A single frame need not be as large as a whole sheet.
-    cell = min(WIDTH / 100 / columns, 8.0, 12.0 * width / height)
+    cell = min(WIDTH / 100 / columns, 8.0, 12.0 / ratio)
     label = 0.25 if timestamps is not None else 0.05
     lines = textwrap.wrap(title, max(int(columns * cell * 11), 20))[:4]
     head = 0.25 * len(lines) + 0.1
-    size = (columns * cell, rows * (cell * height / width + label) + head)
+    size = (columns * cell, rows * (cell * ratio + label) + head)
     figure = matplotlib.figure.Figure(figsize=size, dpi=100)
     for i, frame in enumerate(frames):
         row, column = divmod(i, columns)
         bottom = (rows - 1 - row) * (size[1] - head) / rows
-        box = (column / columns, bottom / size[1], 0.98 / columns, cell * height / width / size[1])
+        box = (column / columns, bottom / size[1], 0.98 / columns, cell * ratio / size[1])
         axes = figure.add_axes(box)
         axes.set_axis_off()
-        axes.imshow(frame, interpolation="antialiased")
+        axes.imshow(frame, interpolation="antialiased", aspect="equal" if ratio == height / width else "auto")
         if timestamps is not None:
             axes.set_title(f"{timestamps[i]:.2f} s", fontsize=9, pad=3)
     text = figure.text(0.5, 1 - 0.05 / size[1], "\n".join(lines), fontsize=11, ha="center", va="top")
@@ -133,16 +135,19 @@ def save_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     rate = Fraction(fps).limit_denominator(1000)
-    with av.open(os.fspath(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
-        stream.width, stream.height = width + width % 2, height + height % 2
-        stream.pix_fmt = "yuv420p"  # what browsers play
-        for i, frame in enumerate(frames):
-            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # [H, W, 3]
-            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
-            picture.pts, picture.time_base = i, 1 / rate
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    try:
+        with av.open(os.fspath(path), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+            stream.width, stream.height = width + width % 2, height + height % 2
+            stream.pix_fmt = "yuv420p"  # what browsers play
+            for i, frame in enumerate(frames):
+                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # [H, W, 3]
+                picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+                picture.pts, picture.time_base = i, 1 / rate
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _palette() -> np.ndarray:

@@ -1,10 +1,12 @@
 """`ppllava ask`, `convert` and `presets`: answers, drawings, and what is printed where."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import clips
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, asking, cli, presets
 from ppllava.video import open_video, read_video
+
+ROOT = Path(__file__).parent.parent
 
 
 def expected(media, question=QUESTION, new=4):
@@ -115,13 +119,22 @@ def test_kinds(files, tmp_path):
     pictures[0].save(moving, save_all=True, append_images=pictures[1:])
     pictures[0].save(mislabelled, format="JPEG")
     pictures[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=pictures[1:])
+    pictures[0].save(tmp_path / "moving.webp", save_all=True, append_images=pictures[1:])
     names = ("a.mp4", "g.gif", "i.png", "j.jpg", "text.mp4", "broken.jpg", "none.png")
     assert [asking.kind_of(str(files / name)) for name in names] == [
         *("video", "video", "image", "image", "video", "image", "video")
     ]
-    assert [asking.kind_of(str(path)) for path in (still, moving, mislabelled, tmp_path / "phone.jpg")] == [
-        *("image", "video", "image", "image")
-    ]
+    assert [asking.kind_of(str(path)) for path in (still, moving, mislabelled)] == ["image", "video", "image"]
+    assert [asking.kind_of(str(tmp_path / name)) for name in ("phone.jpg", "moving.webp")] == ["image", "image"]
+
+
+def test_an_animated_webp_is_its_first_frame(ask, tmp_path):
+    pictures = [Image.fromarray(clips.draw(i, 40, 30)) for i in range(3)]
+    pictures[0].save(tmp_path / "one.webp", lossless=True)
+    pictures[0].save(tmp_path / "moving.webp", lossless=True, save_all=True, append_images=pictures[1:])
+    options = ("--preset", "tiny", "--max-new-tokens", 4)
+    one, moving = (ask(tmp_path / name, QUESTION, *options) for name in ("one.webp", "moving.webp"))
+    assert (moving["answer"], moving["media"][0]["kind"]) == (one["answer"], "image")
 
 
 def test_an_animated_gif_is_a_video(ask, files):
@@ -288,9 +301,9 @@ def test_help_has_the_exit_codes(call):
     assert set(cli.MEANINGS) == set(cli.Exit)
 
 
-def start(files, *command, **kwargs):
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=files, stdout=pipe, stderr=pipe, text=True, **kwargs)
+def start(files, *command):
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *command], cwd=files, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def test_as_a_program(files):
@@ -301,8 +314,8 @@ def test_as_a_program(files):
 
 
 SLOW = """
-import time, torch
-from ppllava import PPLlavaForConditionalGeneration, cli
+import time, torch, ppllava_command
+from ppllava import PPLlavaForConditionalGeneration
 
 def generate(model, input_ids, streamer, **kwargs):
     streamer.put(input_ids)
@@ -311,7 +324,7 @@ def generate(model, input_ids, streamer, **kwargs):
         time.sleep(0.1)
 
 PPLlavaForConditionalGeneration.generate = generate
-cli.main()
+ppllava_command.main()
 """
 
 

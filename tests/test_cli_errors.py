@@ -1,9 +1,11 @@
 """`ppllava`: each exit code, and the sentence that comes with it."""
 
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -85,6 +87,37 @@ def failure(result):
             ["a.mp4", "i.png", QUESTION, *QUICK, "--relevance", "out.mp4"],
             "--relevance draws images as .png only, got 'out.mp4' for 'i.png'; write .png",
         ),
+        (
+            ["a.mp4", "What\udcff?", *QUICK],
+            "QUESTION must be valid text, got 'What\\udcff?'; write it in UTF-8, in a UTF-8 locale",
+        ),
+        (
+            ["a.mp4", QUESTION, *QUICK, "--temperature", "1e-40"],
+            "--temperature must be 0, or in 0.001 ... 1000, got 1e-40; 0 takes the likeliest token",
+        ),
+        (
+            ["a.mp4", QUESTION, "--preset", "tiny", "--fps", "1e9"],
+            "a.mp4: has more frames asked for than can be held at once; pass fewer --frames, a lower --fps, or a part "
+            "of it with --start and --end",
+        ),
+        (
+            ["a.mp4", QUESTION, "--preset", "tiny", "--frames", "1000000", "--tokens", "4"],
+            "a.mp4: has more frames asked for than can be held at once; pass fewer --frames, a lower --fps, or a part "
+            "of it with --start and --end",
+        ),
+        (
+            ["a.mp4", QUESTION, "--preset", "tiny-btadapter", "--frames", "65"],
+            "videos must have at most 64 frames for the BT-Adapter of this model, got 65; pass --frames 64",
+        ),
+        (
+            ["a.mp4", QUESTION, "--preset", "tiny-btadapter", "--fps", "100"],
+            "videos must have at most 64 frames for the BT-Adapter of this model, got 197; pass --frames 64",
+        ),
+        (
+            [*["i.png"] * 65, QUESTION, "--preset", "tiny-btadapter"],
+            "at most 64 images can be asked about together with the BT-Adapter of this model, got 65; pass fewer, or "
+            "--each",
+        ),
         (["a.mp4", QUESTION, "--xyz"], "No such option: --xyz; --help lists what there is"),
         ([], "Missing argument 'MEDIA... QUESTION'; --help lists what there is"),
     ],
@@ -92,6 +125,63 @@ def failure(result):
 def test_wrong_usage(call, monkeypatch, arguments, text):
     monkeypatch.setattr(cli, "load_model", None)  # not reached
     assert failure(call("ask", *arguments)) == (2, text)
+
+
+@pytest.mark.parametrize(
+    ("option", "most"),
+    [("--frames", 2**20), ("--tokens", 2**20), ("--max-new-tokens", 2**20), ("--seed", 2**64 - 1)],
+)
+@pytest.mark.parametrize("more", [1, 10**30])
+def test_numbers_are_bounded(call, monkeypatch, option, most, more):
+    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    code, text = failure(call("ask", "a.mp4", QUESTION, "--preset", "tiny", option, most + more))
+    assert code == 2
+    assert text.startswith(f"Invalid value for '{option}': ")
+    assert str(most) in text
+
+
+@pytest.mark.parametrize(
+    ("media", "given", "target"),
+    [
+        (["a.mp4"], "a.mp4", "a.mp4"),
+        (["i.png"], "./i.png", "i.png"),
+        (["a.mp4"], "link.mp4", "link.mp4"),
+        (["out-1.mp4", "b.mp4"], "out.mp4", "out-1.mp4"),
+        (["a.mp4", "out-1.mp4", "out-2.mp4"], "out.mp4", "out-1.mp4"),
+    ],
+)
+def test_relevance_spares_its_input(call, files, monkeypatch, media, given, target):
+    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    for number in (1, 2):
+        shutil.copy(files / "a.mp4", files / f"out-{number}.mp4")
+    (files / "link.mp4").unlink(missing_ok=True)
+    (files / "link.mp4").symlink_to("a.mp4")
+    before = {name: (files / name).read_bytes() for name in media}
+    assert failure(call("ask", *media, QUESTION, "--preset", "tiny", "--relevance", given)) == (
+        2,
+        f"--relevance must not overwrite what is asked about, got '{target}'; choose another name",
+    )
+    assert {name: (files / name).read_bytes() for name in media} == before
+
+
+def test_relevance_that_cannot_be_written(call, files, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    for name in ("folder.png", "folder-2.png"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    long = "x" * 250
+    for media, name, target, reason in (
+        (["a.mp4"], "folder", "folder", "it is no regular file"),
+        (["a.mp4"], "pipe", "pipe", "it is no regular file"),
+        (["a.mp4", "b.mp4"], "folder", "folder-2", "it is no regular file"),
+        (["a.mp4", "b.mp4"], long, f"{long}-1", os.strerror(errno.ENAMETOOLONG)),
+    ):
+        given, path = tmp_path / f"{name}.png", tmp_path / f"{target}.png"
+        assert failure(call("ask", *media, QUESTION, *QUICK, "--relevance", given)) == (
+            2,
+            f"--relevance must be a file that can be written, got '{path}' ({reason}); choose another place",
+        )
+    assert sorted(os.listdir(tmp_path)) == ["folder-2.png", "folder.png", "pipe.png"]
 
 
 def test_relevance_needs_matplotlib(call, monkeypatch):
@@ -167,6 +257,40 @@ def test_models_that_cannot_be_loaded(call, saved, tmp_path):
     assert sentence(tmp_path).startswith(start)
     (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:5000])
     assert sentence(tmp_path).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("chat_template.jinja", "{% for", "its chat template fails (unexpected 'end of template'); "),
+        ("chat_template.jinja", "{{ 1 / 0 }}", "its chat template fails (division by zero); "),
+        ("chat_template.jinja", "Hi", "its chat template must write one <video> for each video, got 0 for 1; "),
+        ("generation_config.json", '{"num_return_sequences": 3}', ""),
+        ("generation_config.json", '{"repetition_penalty": -1.0}', ""),
+        ("generation_config.json", '{"eos_token_id": "x"}', ""),
+    ],
+)
+def test_models_that_cannot_answer(call, saved, tmp_path, name, text, reason):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    (folder / name).write_text(text)
+    code, text = failure(call("ask", "a.mp4", QUESTION, "--frames", 4, "--model", folder))
+    assert code == 4
+    cannot = "be loaded: |answer with its generation_config.json: "
+    assert re.match(f"the model in '{folder}' cannot ({cannot}){re.escape(reason)}", text)
+
+
+def test_long_videos_are_not_decoded_in_vain(call, monkeypatch):
+    monkeypatch.setattr(cli, "read", None)  # not reached
+    what = "tokens of videos alone, and with question and answer it must fit into the 2048 of the model"
+    for arguments, text in (
+        (["a.mp4", QUESTION], f"the prompt has 4096 {what}; pass fewer --frames, fewer files or --tokens"),
+        (["a.mp4", "b.mp4", QUESTION], f"the prompt has 8192 {what}; pass fewer --frames, fewer files or --tokens"),
+        (
+            ["a.mp4", "i.png", QUESTION, "--each"],
+            f"the longest prompt has 4096 {what}; pass fewer --frames or --tokens",
+        ),
+    ):
+        assert failure(call("ask", *arguments, "--preset", "tiny", "--frames", 2048)) == (5, text)
 
 
 def test_prompts_that_do_not_fit(call):

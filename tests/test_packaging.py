@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGED = ("csrc", "ppllava", "ppllava_kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+PACKAGED = (
+    "csrc",
+    "ppllava",
+    "ppllava_command.py",
+    "ppllava_kernels",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
 
 
 def python(*arguments, **options):

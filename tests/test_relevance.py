@@ -107,6 +107,23 @@ def test_contact_sheet(tmp_path, count, size):
     assert 0.1 < scale < 9
 
 
+@pytest.mark.parametrize(("count", "size"), [(count, size) for count in (1, 9) for size in ((1, 4000), (4000, 1))])
+def test_contact_sheet_of_lines_of_pixels(tmp_path, count, size):
+    path = tmp_path / "sheet.png"
+    relevance.save_png(path, np.full((count, *size, 3), 200, dtype=np.uint8), title="lines " * 50)
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))  # [y, x, 3]
+    assert min(pixels.shape[:2]) >= 50
+    assert max(pixels.shape[:2]) <= 2600
+    assert (pixels == 200).all(-1).mean() > 0.2
+
+
+def test_mp4_that_cannot_be_written(tmp_path):
+    path = tmp_path / "none" / "clip.mp4"
+    with pytest.raises(FileNotFoundError, match=f"'{path}'$"):
+        relevance.save_mp4(path, noise(2, 48, 64), 5)
+
+
 def test_contact_sheet_has_the_frames_in_order(tmp_path):
     colors = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200], [200, 200, 0], [0, 200, 200]], dtype=np.uint8)
     frames = np.tile(colors[:, None, None], (1, 30, 40, 1))  # [5, 30, 40, 3]

@@ -1,0 +1,168 @@
+"""`ppllava` where its answer, its drawings or its own modules meet a full disk, a closed pipe, another encoding."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cli_fixtures import QUESTION, QUICK, call, files
+from PIL import Image
+
+from ppllava import cli
+
+ROOT = Path(__file__).parent.parent
+ASK = ("ask", "a.mp4", QUESTION, *QUICK)
+
+
+@pytest.fixture
+def program(files, monkeypatch, capsys):
+    """(exit code, stderr) of `ppllava` with another stdout."""
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(stdout, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "argv", ["ppllava", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+# stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full; run on Linux")
+@pytest.mark.parametrize("arguments", [ASK, (*ASK, "--json"), (*ASK, "--each"), ("--help",), ("ask", "--help")])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk(program, arguments, buffered):
+    raw = open("/dev/full", "wb", buffering=-1 if buffered else 0)  # noqa: SIM115
+    with io.TextIOWrapper(raw, encoding="utf-8", write_through=not buffered) as stdout:
+        assert program(stdout, *arguments) == (
+            7,
+            "ppllava: stdout cannot be written (No space left on device); free some space, or write elsewhere\n",
+        )
+
+
+@pytest.mark.parametrize("arguments", [ASK, ("--help",), ("ask", "--help"), ("presets",)])
+def test_nobody_reads(program, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        assert program(stdout, *arguments) == (141, "")
+
+
+def test_a_closed_stdout(program, monkeypatch):
+    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    text = "ppllava: stdout must be open for the answer, got a closed one; leave out >&-\n"
+    for arguments in (ASK, ("--help",)):
+        assert program(None, *arguments) == (7, text)
+
+
+def test_a_closed_stderr(program, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert program(stdout, "ask", "none.mp4", QUESTION, *QUICK)[0] == 3
+    assert stdout.buffer.getvalue() == b""
+
+
+def test_an_encoding_with_few_characters(program, files):
+    name = "b\udcff\u65e5.mp4"  # a byte that is no UTF-8
+    shutil.copy(files / "b.mp4", files / name)
+    for encoding in ("ascii", "utf-8"):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        assert program(stdout, "ask", name, "W\u00e4s?", *QUICK, "--json") == (0, "")
+        assert json.loads(stdout.buffer.getvalue())["media"][0]["path"] == name
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        assert program(stdout, "ask", name, "a.mp4", QUESTION, *QUICK, "--each") == (0, "")
+        shown = b"b\\udcff\\u65e5.mp4: " if encoding == "ascii" else "b\\udcff\u65e5.mp4: ".encode()
+        assert stdout.buffer.getvalue().startswith(shown)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert program(stdout, "ask", "--help") == (0, "")
+    assert b"Exit codes: 0 ok" in stdout.buffer.getvalue()
+
+
+def test_python_warnings_about_files_stay_inside(program, monkeypatch):
+    def warn(path):
+        warnings.warn("Corrupt EXIF data", stacklevel=2)
+        return Image.open(path)
+
+    monkeypatch.setattr("ppllava.asking.open_image", warn)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    assert program(stdout, "ask", "i.png", QUESTION, "--preset", "tiny", "--max-new-tokens", "1") == (0, "")
+
+
+# Drawings
+
+
+@pytest.mark.parametrize("ending", ["png", "mp4"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("a reason")])
+def test_the_answer_survives_its_drawing(call, monkeypatch, tmp_path, ending, error):
+    def fail(path, *_):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(f"ppllava.relevance.save_{ending}", fail)
+    path = tmp_path / f"out.{ending}"
+    plain = call(*ASK).stdout
+    result = call(*ASK, "--relevance", path)
+    reason = getattr(error, "strerror", None) or str(error)
+    text = f"the answer is complete, but '{path}' cannot be drawn ({reason}); choose another place for --relevance"
+    assert (result.exit_code, result.stdout, result.stderr) == (3, plain, f"ppllava: {text}\n")
+    assert not path.exists()
+    result = call(*ASK, "--relevance", path, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["relevance"]) == (3, [str(path)])
+
+
+def test_drawings_with_too_little_memory(call, monkeypatch, tmp_path):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("ppllava.relevance.draw", fail)
+    assert call(*ASK, "--relevance", tmp_path / "out.png").exit_code == 6
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1)])
+def test_lines_of_pixels(call, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    options = ("--preset", "tiny", "--max-new-tokens", 1, "--relevance", tmp_path / "out.png")
+    result = call("ask", tmp_path / "line.png", QUESTION, *options)
+    assert (result.exit_code, result.stderr) == (0, f"ppllava: wrote {tmp_path / 'out.png'}\n")
+
+
+# The first seconds
+
+
+@pytest.mark.parametrize(
+    ("imported", "code", "text"),
+    [
+        (
+            "try: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException: pass",
+            130,
+            "ppllava: interrupted\n",
+        ),
+        (
+            "import no_such_module",
+            2,
+            "ppllava: the command line needs no_such_module, which is missing; pip install 'ppllava-kernels[cli]'\n",
+        ),
+    ],
+    ids=["interrupt", "missing"],
+)
+def test_while_importing(tmp_path, imported, code, text):
+    package = tmp_path / "ppllava"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"import os, signal\n{imported}\n")
+    (package / "cli.py").write_text("main = print\n")
+    shutil.copy(ROOT / "ppllava_command.py", tmp_path)
+    result = subprocess.run([sys.executable, "ppllava_command.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", text)
