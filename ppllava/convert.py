@@ -20,7 +20,17 @@ from .lora import find_adapter, merge_adapter, split_adapter
 from .modeling_ppllava import PPLlavaForConditionalGeneration
 from .processing_ppllava import PPLlavaProcessor
 from .stretch import stretch_position_embedding
-from .weights import Weight, Weights, finite, first_of, read_weights, write_folder, write_weights
+from .weights import (
+    Weight,
+    Weights,
+    check_tied,
+    finite,
+    first_of,
+    put,
+    read_weights,
+    write_folder,
+    write_weights,
+)
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -95,14 +105,14 @@ def convert_checkpoint(
         base: where weights come from that the source lacks: LLaVA-NeXT or LLaVA-OneVision in the format of
             transformers, old or new, or another PPLLaVA.
         clip: the CLIP or SigLIP model of the guide, for weights that source and base lack, and for its config.json.
-            Default: the folder in the source that `clip_weight` names.
+            Default: the folder in the source that `clip_weight` names; for weights, only without `clip_post_pretrain`.
         adapter: folder of a LoRA adapter; its adapter_config.json alone, if the weights are in the source.
         tokenizer: folder of the language model's tokenizer. Default: source, then base.
         guide_tokenizer: folder of the guide's. Default: clip.
         dtype: of the written weights; None leaves each as it is.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: with one sentence that names files and weights; nothing is written.
+        ValueError, OSError, ImportError: with one sentence that names files and weights; nothing is written.
     """
     source, destination = _folder("source", source), Path(destination)
     base, clip, adapter, tokenizer, guide_tokenizer = (
@@ -116,9 +126,7 @@ def convert_checkpoint(
         )
     )
     _check_destination(source, destination)
-    config, named = _config(source, base, clip)
-    with torch.device("meta"):
-        model = PPLlavaForConditionalGeneration(config)
+    config, model, named, retrained = _model(source, base, clip)
     tied = model.all_tied_weights_keys
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     report = Conversion(source, destination)
@@ -137,13 +145,22 @@ def convert_checkpoint(
                 f"base must be a model without LoRA weights, got {len(unmerged)} in {str(base)!r}; convert it first "
                 "and pass the result"
             )
-        others.append((base, {_base_name(name, weights): weight for name, weight in weights.items()}))
+        others.append((base, _base_weights(weights)))
     guide = clip or named
-    if guide is not None and not _complete(expected, [ours, *(weights for _, weights in others)]):
+    lacking = _lacking(expected, [ours, *(weights for _, weights in others)])
+    if lacking and retrained and clip is None:
+        raise ValueError(
+            f"{str(source)!r} must hold all weights of the guide, for clip_post_pretrain {retrained!r} is not "
+            f"clip_weight, got {len(lacking)} missing: {first_of(lacking)}; pass the folder of that model with --clip"
+        )
+    if lacking and guide is not None:
         length = config.guide_config.max_position_embeddings
         others.append((guide, _clip_weights(read_weights(guide, required=clip is not None), length)))
     weights = _fill(expected, ours, others, report)
     _check(source, weights, expected, wrong)
+    for placed in (ours, *(found for _, found in others)):
+        for name in tied.keys() & placed.keys():
+            check_tied(placed[name], placed.get(tied[name], weights[tied[name]]))
     if lora:
         report.merged = merge_adapter(model, weights, lora, lora_folder, dtype)
 
@@ -172,20 +189,25 @@ def convert_checkpoint(
     return report
 
 
-def _config(source: Path, base: Path | None, clip: Path | None) -> tuple[PPLlavaConfig, Path | None]:
-    """The configuration, and the folder of the CLIP model that it names, if it is there."""
+def _model(
+    source: Path, base: Path | None, clip: Path | None
+) -> tuple[PPLlavaConfig, PPLlavaForConditionalGeneration, Path | None, str | None]:
+    """(configuration, model without weights, folder of the CLIP model that is named and there, clip_post_pretrain)."""
     own = source if (source / "config.json").is_file() or base is None else base
-    content = original.read_config(own)
+    content, named, retrained = original.read_config(own), None, None
     if original.is_original(content):
-        named = own / content["clip_weight"] if content.get("clip_weight") else None
-        config = PPLlavaConfig.from_dict(original.translate_config(content, own, clip))
-        return config, named if named is not None and named.is_dir() else None
-    if content.get("model_type") != "ppllava":
+        content, config = original.translate_config(content, own, clip), content
+        named = own / config["clip_weight"] if config.get("clip_weight") else None
+        retrained = config.get("clip_post_pretrain") or None
+    elif content.get("model_type") != "ppllava":
         raise ValueError(
             f"{str(own / 'config.json')!r} must be that of a PPLLaVA, got model_type {content.get('model_type')!r}; "
             "pass the folder of its checkpoint, and LLaVA as base"
         )
-    return PPLlavaConfig.from_dict(content), None
+    with original.describing(own / "config.json"), torch.device("meta"):
+        config = PPLlavaConfig.from_dict(content)
+        model = PPLlavaForConditionalGeneration(config)
+    return config, model, named if named is not None and named.is_dir() else None, retrained
 
 
 # From keys to names
@@ -195,27 +217,29 @@ def _place(
     weights: Weights, expected: dict[str, Tensor], tied: Iterable[str], unused: list[str], report: Conversion
 ) -> tuple[Weights, list[str]]:
     """The source's weights by their names in the model, and the keys that are neither those nor unused."""
-    placed, wrong = {}, []
-    pattern = re.compile("|".join(unused))
-    for key, weight in weights.items():
-        name = original.rename(key)
-        if name in expected or name in (original.POSITION, original.POSITION_TAIL):
+    placed, pattern = {}, re.compile("|".join(unused))
+    named, wrong = original.by_name(weights)
+    for name, weight in named.items():
+        if name in expected or name in tied or name in (original.POSITION, original.POSITION_TAIL):
             placed[name] = weight
-        elif name in tied or pattern.search(name):
+        if name in tied or (name not in placed and pattern.search(name)):
             report.dropped.append(weight.key)
-        else:
+        elif name not in placed:
             wrong.append(weight.key)
     return placed, wrong
 
 
-def _base_name(key: str, keys: Iterable[str]) -> str:
-    """The name in the model of a weight of LLaVA, whose new format has the language model without its head."""
-    key = re.sub(r"^model\.vision_tower\.vision_model\.", "vision_tower.vision_model.", key)
-    if "lm_head.weight" in keys or "model.language_model.embed_tokens.weight" in keys:
-        key = re.sub(
-            r"^model\.language_model\.", "language_model.model.", re.sub(r"^lm_head\.", "language_model.lm_head.", key)
-        )
-    return original.rename(key)
+def _base_weights(weights: Weights) -> Weights:
+    """Weights of LLaVA by their names in the model; its new format has the language model without its head."""
+    new = "lm_head.weight" in weights or "model.language_model.embed_tokens.weight" in weights
+    renamed: Weights = {}
+    for key, weight in weights.items():
+        key = re.sub(r"^model\.vision_tower\.vision_model\.", "vision_tower.vision_model.", key)
+        if new:
+            key = re.sub(r"^lm_head\.", "language_model.lm_head.", key)
+            key = re.sub(r"^model\.language_model\.", "language_model.model.", key)
+        put(renamed, original.rename(key), weight)
+    return renamed
 
 
 def _clip_weights(weights: Weights, length: int) -> Weights:
@@ -226,16 +250,18 @@ def _clip_weights(weights: Weights, length: int) -> Weights:
             if key.startswith(theirs):
                 placed[ours + key.removeprefix(theirs)] = weight
     table = placed.get(original.POSITION_WEIGHT)
-    if table is not None and len(table.tensor) != length:
+    # Tables of other shapes stay as they are, for the check of shapes.
+    if table is not None and table.tensor.dim() == 2 and 4 * len(table.tensor) - 3 * original.KEPT_POSITIONS == length:
         placed[original.POSITION_WEIGHT] = table._replace(tensor=stretch_position_embedding(table.tensor))
     return placed
 
 
-def _complete(expected: Iterable[str], sources: list[Weights]) -> bool:
+def _lacking(expected: Iterable[str], sources: list[Weights]) -> list[str]:
+    """The weights of the guide that no source has."""
     names = set().union(*sources)
     if {original.POSITION, original.POSITION_TAIL} <= names:
         names.add(original.POSITION_WEIGHT)
-    return names >= set(expected)
+    return [name for name in expected if name.startswith("model.guide.") and name not in names]
 
 
 def _fill(
@@ -261,10 +287,8 @@ def _fill(
                 continue
             if weight is not tail:
                 label = f"{name} (first rows)"
-                if weight.tensor.shape == tail.tensor.shape:
-                    weight = weight._replace(tensor=original.fold_positions(weight.tensor, tail.tensor))
-                elif weight.tensor.shape == tensor.shape:
-                    weight = tail  # the one of the wrong shape
+                folded = original.fold_positions(weight.tensor, tail.tensor, tensor.shape)
+                weight = tail if folded is tail.tensor else weight._replace(tensor=folded)
         if weight is None:
             continue
         if name == original.LOGIT_SCALE and weight.tensor.numel() == 1:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from .weights import finite, first_of, read_weights
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from . import original
+from .weights import TRAINED, finite, first_of, loaded_files, read_files, read_json, weight_files
 
 
 class StrictLoading:
@@ -22,8 +27,8 @@ class StrictLoading:
     ):
         """As in transformers, but strict: a parameter that the weights lack would be random, and only be logged.
 
-        A folder of the original implementation loads directly, where its weights are complete; `ppllava convert` makes
-        one self-describing folder of it, and of partial ones.
+        A folder of the original implementation loads directly where its `model*` files hold all weights; `ppllava
+        convert` makes one self-describing folder of it, and of partial ones.
 
         Args: as in transformers; `ignore_mismatched_sizes=True` makes parameters of another shape random ones.
 
@@ -33,12 +38,11 @@ class StrictLoading:
         # True, or transformers would raise before the missing and unexpected keys are known.
         place = pretrained_model_name_or_path
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
-        try:
-            model, info = super().from_pretrained(place, *model_args, **options)
-        except Exception:
-            if place is not None and os.path.isdir(place):
-                read_weights(Path(place), required=False)  # names the file that is broken, if it is one
-            raise
+        folder = Path(place or "", kwargs.get("subfolder") or "")
+        other = place is None or any(kwargs.get(name) for name in ("state_dict", "variant", "gguf_file"))
+        if not other:
+            _check_keys(folder)
+        model, info = super().from_pretrained(place, *model_args, **options)
         mismatched = () if ignore_mismatched_sizes else info["mismatched_keys"]
         shapes = [f"{name} {list(got)} instead of {list(expected)}" for name, got, expected in mismatched]
         found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mis-shaped": shapes}
@@ -48,6 +52,13 @@ class StrictLoading:
                 f"the weights in {str(place)!r} must be exactly those of {cls.__name__} with "
                 f"its config.json, got {wrong}; load a folder as save_pretrained wrote it{remedy}"
             )
+        # Transformers unties weights that the files have with different numbers.
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        if untied := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
+            raise ValueError(
+                f"{untied[0]} in {str(place)!r} must equal {tied[untied[0]]} where tie_word_embeddings is true, got "
+                "other numbers; correct config.json"
+            )
         spoilt = [name for name, x in model.named_parameters() if not finite(x)]
         if spoilt:
             raise ValueError(
@@ -56,5 +67,80 @@ class StrictLoading:
             )
         return (model, info) if output_loading_info else model
 
+
+def _check_keys(folder: Path) -> None:
+    """Raise a ValueError for what transformers would not see, or leave to the order of keys."""
+    files = loaded_files(folder)
+    weights = read_files(files)
+    if (folder / "config.json").is_file() and original.is_original(read_json(folder / "config.json")):
+        names = sorted(os.listdir(folder))
+        stems = (TRAINED, "adapter_model", "model")
+        also = {file.name for stem in stems for file in weight_files(folder, names, stem)} - {x.name for x in files}
+        also.update(key for key in weights if ".lora_" in key)
+        if "adapter_config.json" in names:
+            also.add("adapter_config.json")
+        if also:
+            raise ValueError(
+                f"{str(folder)!r} must hold its weights in model.safetensors or pytorch_model.bin alone to be loaded "
+                f"directly, got also {first_of(also)}; use ppllava convert, and load what it wrote"
+            )
+    if spare := original.by_name(weights)[1]:
+        raise ValueError(
+            f"the weights in {str(folder)!r} must have one position table or the original's two, got {spare[0]} beside "
+            "those; remove it"
+        )
+
+
+# For transformers' from_pretrained. One way: save_pretrained writes the model's names, not those it was loaded from.
+
+
+class _Rename(WeightRenaming):
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("(?!)", "")
+
+
+class _Convert(WeightConverter):
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("(?!)", "")
+
+
+class _FoldPositions(ConversionOps):
+    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, full_layer_name: str, **kwargs):
+        tail, table = (input_dict.get(pattern) for pattern in source_patterns)
+        if not table or not tail:
+            return {}  # the weight is missing
+        guide = kwargs["config"].guide_config
+        shape = (guide.max_position_embeddings, guide.hidden_size)
+        return {full_layer_name: original.fold_positions(table[0], tail[0], shape)}
+
+
+class _Scalar(ConversionOps):
+    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, full_layer_name: str, **kwargs):
+        (scale,) = input_dict.values()
+        return {full_layer_name: scale[0].reshape(()) if scale[0].numel() == 1 else scale[0]}
+
+
+# By class and not by model type: for model types that have a mapping, PEFT renames the weights of adapters, too.
+for _name in ("PPLlavaForConditionalGeneration", "PPLlavaModel"):
+    register_checkpoint_conversion_mapping(
+        _name,
+        [
+            *(_Rename(pattern, name) for pattern, name in original.RENAMES),
+            # Transformers renames "model.language_model.model" for models of its own; without the first "model", which
+            # it adds itself, it does not.
+            _Rename(r"^model\.language_model\.", "language_model."),
+            _Convert(
+                [rf"^{re.escape(name)}$" for name in (original.POSITION_TAIL, original.POSITION)],
+                original.POSITION_WEIGHT,
+                [_FoldPositions()],
+            ),
+            _Convert(r"^multi_modal_projector\.logit_scale$", original.LOGIT_SCALE, [_Scalar()]),
+        ],
+        overwrite=True,
+    )
 
 __all__ = ["StrictLoading"]

@@ -11,11 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import original
-from .weights import Weights, finite, first_of, read_files, read_json, weight_files
+from .weights import Weights, finite, first_of, put, read_files, read_json, weight_files
 
 
 def split_adapter(weights: Weights, expected: dict[str, Tensor]) -> tuple[Weights, Weights]:
-    """(weights, LoRA by "MODULE.lora_A.weight"), without the wrappers of PEFT in their names."""
+    """(weights, LoRA by "MODULE.lora_A.weight"), without the wrappers of PEFT in their names.
+
+    Raises:
+        ValueError: for two keys of one weight.
+    """
     plain: Weights = {}
     lora: Weights = {}
     for key, weight in weights.items():
@@ -25,9 +29,9 @@ def split_adapter(weights: Weights, expected: dict[str, Tensor]) -> tuple[Weight
             module, _, rest = name.partition(".lora_")
             options = (original.rename(module), f"model.language_model.{module}")
             module = next((option for option in options if f"{option}.weight" in expected), module)
-            lora[f"{module}.lora_{rest.replace('.default', '', 1)}"] = weight
+            put(lora, f"{module}.lora_{rest.replace('.default', '', 1)}", weight)
         else:
-            plain[name] = weight
+            put(plain, name, weight)
     return plain, lora
 
 
@@ -35,7 +39,7 @@ def find_adapter(
     source: Path, adapter: Path | None, lora: Weights, expected: dict[str, Tensor]
 ) -> tuple[Path | None, Weights]:
     """(folder of adapter_config.json, LoRA weights) of the source and the folder given for it."""
-    for folder in (adapter, source):
+    for folder in dict.fromkeys((adapter, source)):
         if folder is None or not (files := weight_files(folder, sorted(os.listdir(folder)), "adapter_model")):
             continue
         if lora:
@@ -87,22 +91,24 @@ def merge_adapter(
         raise ImportError(f"merging the LoRA adapter in {str(folder)!r} needs peft; pip install peft") from None
     modules = sorted({name.partition(".lora_")[0] for name in lora})
     file = folder / "adapter_config.json"
-    if (kind := read_json(file).get("peft_type")) != "LORA":
-        raise ValueError(f"{str(file)!r} must have peft_type 'LORA', got {kind!r}; no other adapter can be merged")
-    settings = LoraConfig.from_pretrained(str(folder))
-    settings.target_modules, settings.exclude_modules, settings.modules_to_save = modules, None, None
-    settings.layers_to_transform, settings.layers_pattern, settings.task_type = None, None, None
-    settings.init_lora_weights, settings.inference_mode = True, False
+    _check_settings(file)
     targets = {f"{module}.weight": weights[f"{module}.weight"].tensor for module in modules}
     # Copies, for PEFT adds in place.
     state = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in targets.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    wrapped = get_peft_model(model, settings)
     try:
+        settings = LoraConfig.from_pretrained(str(folder))
+        settings.target_modules, settings.exclude_modules, settings.modules_to_save = modules, None, None
+        settings.layers_to_transform, settings.layers_pattern, settings.task_type = None, None, None
+        settings.init_lora_weights, settings.inference_mode = True, False
+        settings.rank_pattern = _renamed(settings.rank_pattern, lora)
+        settings.alpha_pattern = _renamed(settings.alpha_pattern, lora)
+        wrapped = get_peft_model(model, settings)
         loaded = set_peft_model_state_dict(wrapped, {f"base_model.model.{name}": x.tensor for name, x in lora.items()})
         wrong = [name for name in (*loaded.missing_keys, *loaded.unexpected_keys) if ".lora_" in name]
-    except RuntimeError as error:  # of shapes; the first line is not about them
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+    except Exception as error:  # PEFT checks little; of shapes, the first line is not about them
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        wrong = lines[1:] if isinstance(error, RuntimeError) and lines[1:] else lines[:1]
     if wrong:
         raise ValueError(
             f"{str(file)!r} must describe the LoRA weights that came with it, got others: {first_of(wrong)}; pass the "
@@ -117,6 +123,32 @@ def merge_adapter(
             "save the adapter again"
         )
     return modules
+
+
+def _check_settings(file: Path) -> None:
+    settings = read_json(file)
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise ValueError(f"{str(file)!r} must have peft_type 'LORA', got {kind!r}; no other adapter can be merged")
+    for name, types in (("r", int), ("lora_alpha", (int, float))):
+        value = settings.get(name)
+        if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
+            raise ValueError(
+                f"{str(file)!r} must have {name} as a positive number, got {value!r}; use that of the training "
+                "configuration"
+            )
+
+
+def _renamed(patterns: dict[str, float] | None, lora: Weights) -> dict[str, float]:
+    """rank_pattern or alpha_pattern, whose keys are about names in the model that PEFT wrapped, for our names."""
+    renamed = {}
+    for name, weight in lora.items():
+        module, theirs = name.partition(".lora_")[0], weight.key.partition(".lora_")[0]
+        theirs = theirs.rpartition("base_model.model.")[2]
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", theirs):  # as in PEFT, where the first one counts
+                renamed[f"^{re.escape(module)}"] = value
+                break
+    return renamed
 
 
 __all__ = ["find_adapter", "merge_adapter", "split_adapter"]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig, SiglipTextConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .weights import read_json
+from .weights import Weights, put, read_json
 
 ARCHITECTURE = "LlavaInterleaveForConditionalGeneration"
 
@@ -103,7 +105,8 @@ KEPT_POSITIONS = 20
 
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is one of the original's."""
-    named = ARCHITECTURE in (config.get("architectures") or ())
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and ARCHITECTURE in architectures
     return config.get("model_type") != "ppllava" and (named or {"pooling", "clip_weight", "btadapter"} <= config.keys())
 
 
@@ -122,10 +125,37 @@ def translate_config(
         ValueError: for what the model cannot be, or where the text tower is not known.
         FileNotFoundError: if `clip` has no config.json.
     """
+    from .configuration_ppllava import PPLlavaConfig  # which imports this module
+
+    with describing(Path(folder, "config.json")):
+        translated = _translate(config, folder, clip)
+        PPLlavaConfig.from_dict(translated)
+    return translated
+
+
+@contextmanager
+def describing(file: Path) -> Iterator[None]:
+    """Errors of values that no check expects, as one sentence that names the config.json; ours are as they are."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and "; " in str(error):  # which says what to do
+            raise
+        cause = error.__cause__ or error  # of a strict dataclass
+        reason = re.split(r"\. |\.?\n|\.$", str(cause))[0]
+        if not isinstance(cause, (TypeError, ValueError)):
+            reason = f"{type(cause).__name__}: {reason}"
+        raise ValueError(f"{str(file)!r} must describe a PPLLaVA, but {reason}; correct it") from None
+
+
+def _translate(config: dict[str, Any], folder: str | os.PathLike, clip: str | os.PathLike | None) -> dict[str, Any]:
     siglip = bool(config.get("qwen"))
     vision, text = _section(config, "vision_config"), _section(config, "text_config")
     vision.setdefault("model_type", "siglip_vision_model" if siglip else "clip_vision_model")
     text.setdefault("model_type", "qwen2" if siglip else "llama")
+    _check_types(config, vision, text)
     _check(config, vision, siglip)
     tower, projection_dim = _tower(config.get("clip_weight"), folder, clip, siglip)
     guide = {name: getattr(tower, name) for name in _TEXT_TOWER if hasattr(tower, name)}
@@ -152,7 +182,7 @@ def translate_config(
         "image_grid_pinpoints": config.get("image_grid_pinpoints"),
         "image_token_index": image,
         "video_token_index": config.get("video_token_index", last),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
         **_pooling(config),
     }
     if not siglip:
@@ -171,8 +201,27 @@ def rename(key: str) -> str:
     return key if key.startswith("model.") else f"model.{key}"
 
 
-def fold_positions(table: Tensor, tail: Tensor) -> Tensor:
-    """The table [L, D] that the original adds up of two masked ones: rows 0 ... 19 of `table`, the others of `tail`."""
+def by_name(weights: Weights) -> tuple[Weights, list[str]]:
+    """(weights by their names in the model, keys that are spare: of one table beside the original's two).
+
+    Raises:
+        ValueError: for two keys of one weight.
+    """
+    named: Weights = {}
+    for key, weight in weights.items():
+        put(named, rename(key), weight)
+    spare = POSITION_WEIGHT in named and (POSITION in named or POSITION_TAIL in named)
+    return named, [named.pop(POSITION_WEIGHT).key] if spare else []
+
+
+def fold_positions(table: Tensor, tail: Tensor, shape: Iterable[int]) -> Tensor:
+    """The table [L, D] that the original adds up of two masked ones: rows 0 ... 19 of `table`, the others of `tail`.
+
+    If one has another shape than `shape`, it is returned as it is, for the checks of shapes to name it.
+    """
+    for wrong in (table, tail):
+        if wrong.shape != torch.Size(shape):
+            return wrong
     return torch.cat([table[:KEPT_POSITIONS], tail[KEPT_POSITIONS:]])
 
 
@@ -220,6 +269,35 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"config.json must have a {name}, got {config.get(name)!r}; use the one that the original saved"
         )
     return dict(config[name])
+
+
+_FLAGS = ("qwen", "btadapter", "extend_clip", "valuew_plus")
+
+
+def _check_types(config: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Raise a TypeError for what would only fail later, or not at all."""
+    for section, name in (
+        (config, "tie_word_embeddings"),
+        (text, "tie_word_embeddings"),
+        *((config, x) for x in _FLAGS),
+    ):
+        if not isinstance(section.get(name, False), bool) and not (name in _FLAGS and section[name] is None):
+            raise TypeError(f"{name} must be true or false, got {section[name]!r}")
+    for name in ("clip_weight", "clip_post_pretrain"):
+        if not isinstance(config.get(name), str | None):
+            raise TypeError(f"{name} must be the folder or name of a model, got {config[name]!r}")
+    for section, name in ((config, "projector_hidden_act"), (vision, "hidden_act"), (text, "hidden_act")):
+        act = section.get(name, "gelu")
+        if not isinstance(act, str) or act not in ACT2FN:
+            raise TypeError(f"{name} must be an activation of transformers, got {act!r}")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(size := vision.get(name, 1), int) or size < 1:
+            raise TypeError(f"{name} of vision_config must be a positive number of pixels, got {size!r}")
+    for name in ("dtype", "torch_dtype"):
+        if (dtype := config.get(name)) and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise TypeError(f"{name} must be that of weights, such as 'bfloat16', got {dtype!r}")
+    if text["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise TypeError(f"text_config must be that of a language model of transformers, got {text['model_type']!r}")
 
 
 def _check(config: dict[str, Any], vision: dict[str, Any], siglip: bool) -> None:
@@ -284,63 +362,17 @@ def _tower(
             f"{str(source)!r} must be a model of type {family!r} to match vision_config, got "
             f"{config.get('model_type')!r}; pass its folder with --clip"
         )
-    if siglip:  # which needs no ids, and by default has some outside of its vocabulary
-        ids = {"bos_token_id": None, "eos_token_id": None}
-        return SiglipTextConfig.from_dict({**ids, **(config.get("text_config") or {})}), None
-    clip_config = CLIPConfig.from_dict(config)
-    return clip_config.text_config, clip_config.projection_dim
+    with describing(Path(source, "config.json")):
+        if siglip:  # which needs no ids, and by default has some outside of its vocabulary
+            ids = {"bos_token_id": None, "eos_token_id": None}
+            return SiglipTextConfig.from_dict({**ids, **(config.get("text_config") or {})}), None
+        clip_config = CLIPConfig.from_dict(config)
+        return clip_config.text_config, clip_config.projection_dim
 
 
 def _one_of(numbers: range) -> str:
     return f"({'|'.join(map(str, numbers))})"
 
-
-# For transformers' from_pretrained. One way: save_pretrained writes the model's names, not those it was loaded from.
-
-
-class _Rename(WeightRenaming):
-    __slots__ = ()
-
-    def reverse_transform(self) -> WeightRenaming:
-        return WeightRenaming("(?!)", "")
-
-
-class _Convert(WeightConverter):
-    __slots__ = ()
-
-    def reverse_transform(self) -> WeightRenaming:
-        return WeightRenaming("(?!)", "")
-
-
-class _FoldPositions(ConversionOps):
-    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, full_layer_name: str, **kwargs):
-        tail, table = (input_dict.get(pattern) for pattern in source_patterns)
-        # Without one of them, the weight is missing.
-        return {full_layer_name: fold_positions(table[0], tail[0])} if table and tail else {}
-
-
-class _Scalar(ConversionOps):
-    def convert(self, input_dict: dict, source_patterns: list, target_patterns: list, full_layer_name: str, **kwargs):
-        (scale,) = input_dict.values()
-        return {full_layer_name: scale[0].reshape(())}
-
-
-# By class and not by model type: for model types that have a mapping, PEFT renames the weights of adapters, too.
-for _name in ("PPLlavaForConditionalGeneration", "PPLlavaModel"):
-    register_checkpoint_conversion_mapping(
-        _name,
-        [
-            *(_Rename(pattern, name) for pattern, name in RENAMES),
-            # Transformers renames "model.language_model.model" for models of its own; without the first "model", which
-            # it adds itself, it does not.
-            _Rename(r"^model\.language_model\.", "language_model."),
-            _Convert(
-                [rf"^{re.escape(name)}$" for name in (POSITION_TAIL, POSITION)], POSITION_WEIGHT, [_FoldPositions()]
-            ),
-            _Convert(r"^multi_modal_projector\.logit_scale$", LOGIT_SCALE, [_Scalar()]),
-        ],
-        overwrite=True,
-    )
 
 __all__ = [
     "KEPT_POSITIONS",
@@ -348,6 +380,8 @@ __all__ = [
     "POSITION",
     "POSITION_TAIL",
     "POSITION_WEIGHT",
+    "by_name",
+    "describing",
     "fold_positions",
     "is_original",
     "read_config",

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_SHARD_SIZE = "5GB"
+TRAINED = "non_lora_trainable"
 
 
 class Weight(NamedTuple):
@@ -28,8 +29,38 @@ class Weight(NamedTuple):
     key: str
     file: Path
 
+    def __str__(self) -> str:
+        return f"{self.key} in {str(self.file)!r}"
+
 
 Weights = dict[str, Weight]
+
+
+def put(weights: Weights, name: str, weight: Weight) -> None:
+    """Add a weight; of two for one name, that of `non_lora_trainable*` wins.
+
+    Raises:
+        ValueError: for two of the same rank.
+    """
+    other = weights.get(name)
+    trained = [w is not None and w.file.name.startswith(TRAINED) for w in (other, weight)]
+    if other is not None and trained[0] == trained[1]:
+        raise ValueError(f"{name} must be given once, got {other} and {weight}; remove one of them")
+    if other is None or trained[1]:
+        weights[name] = weight
+
+
+def check_tied(weight: Weight, partner: Weight) -> None:
+    """A tied weight that a file holds all the same must be that of its partner.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not torch.equal(weight.tensor.to(partner.tensor.dtype), partner.tensor):
+        raise ValueError(
+            f"{weight} must equal {partner.key} where tie_word_embeddings is true, got other numbers; correct "
+            "config.json"
+        )
 
 
 def read_weights(folder: Path, required: bool = True) -> Weights:
@@ -41,7 +72,7 @@ def read_weights(folder: Path, required: bool = True) -> Weights:
     """
     names = sorted(os.listdir(folder))
     files = weight_files(folder, names, "model") or weight_files(folder, names, "pytorch_model")
-    trained = weight_files(folder, names, "non_lora_trainable")
+    trained = weight_files(folder, names, TRAINED)
     if required and not files and not trained:
         raise FileNotFoundError(
             f"{str(folder)!r} must hold weights, model*.safetensors or model*.bin, got none; pass the folder that does"
@@ -61,11 +92,28 @@ def weight_files(folder: Path, names: list[str], stem: str) -> list[Path]:
     for name in found:
         if shard := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.\w+)", name):
             wanted.update(f"{shard[1]}{i + 1:05}{shard[2]}" for i in range(int(shard[3])))
-    if missing := wanted.difference(found):
+    _check_shards(folder, wanted.difference(found))
+    return [folder / name for name in found]
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The files with weights that transformers' `from_pretrained` reads in a folder."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file() and isinstance(files := read_json(index).get("weight_map"), dict):
+            shards = sorted(set(map(str, files.values())))
+            _check_shards(folder, [name for name in shards if not (folder / name).is_file()])
+            return [folder / name for name in shards]
+    return []
+
+
+def _check_shards(folder: Path, missing: Iterable[str]) -> None:
+    if missing:
         raise FileNotFoundError(
             f"{str(folder)!r} must hold all shards of its weights, got no {first_of(missing)}; download it again"
         )
-    return [folder / name for name in found]
 
 
 def read_files(files: list[Path]) -> Weights:
@@ -95,7 +143,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
         got = kind[1] if kind else "another kind of file"
         raise _not_plain(file, got) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damage makes torch.load raise almost anything
         first = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise ValueError(f"{str(file)!r} must be a whole file of torch.save, got {first}; download it again") from None
     if not isinstance(content, dict):
@@ -103,6 +151,8 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise _not_plain(file, f"{type(value).__name__} for {key}")
+        if value.is_meta or value.layout != torch.strided:
+            raise _not_plain(file, f"a {'meta' if value.is_meta else value.layout} tensor for {key}")
     return content
 
 
@@ -164,18 +214,44 @@ def write_weights(
 
 
 def write_folder(destination: Path, write: Callable[[Path], None]) -> None:
-    """Write into a folder beside the destination, and rename it when it is whole; nothing is left of an error."""
-    destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    """Write into a temporary folder, beside the destination or in it if it is there, and move it when it is whole.
+
+    Nothing is left of an error.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        _write_folder(Path(os.path.realpath(destination)), write)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{str(destination)!r} must be a folder that can be written, got {error}; make room there, or name another"
+        ) from None
+
+
+def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
+    inside = destination.is_dir()  # it may be a mount point, which cannot be replaced
+    if not inside:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    place = destination if inside else destination.parent
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=place))
+    moved: list[Path] = []
     try:
         write(folder)
-        folder.chmod(0o777 & ~_umask())
-        if destination.exists():
-            destination.rmdir()
-        folder.rename(destination)
+        if inside:
+            for path in sorted(folder.iterdir()):
+                moved.append(destination / path.name)
+                path.rename(moved[-1])
+            folder.rmdir()
+        else:
+            folder.chmod(0o777 & ~_umask())
+            folder.rename(destination)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, *moved):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         raise
 
 
@@ -200,10 +276,14 @@ def first_of(names: Iterable[str], limit: int = 10) -> str:
 
 
 __all__ = [
+    "TRAINED",
     "Weight",
     "Weights",
+    "check_tied",
     "finite",
     "first_of",
+    "loaded_files",
+    "put",
     "read_files",
     "read_json",
     "read_weights",

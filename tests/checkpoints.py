@@ -94,7 +94,7 @@ def is_trained(key):
     return not tower and not frozen and not key.startswith("language_model") and key != "image_newline"
 
 
-def lora_run(folder, form, scale=4.0):
+def lora_run(folder, form, scale=3.0):
     """A run of the original with LoRA in q_proj and v_proj, as PEFT or its own script writes it; the merged weights."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

@@ -1,14 +1,17 @@
 """The model on disk: round trips, and weights that are not exactly its own."""
 
+import random
 import re
 
 import pytest
 import torch
+from checkpoints import copy, refused, weights_of, write
 from safetensors.torch import load_file, save_file
 from tiny import batch, close, fresh, generate, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaModel, PPLlavaProcessor
+from ppllava.weights import read_files
 
 INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 BIAS = "model.multi_modal_projector.linear_1.bias"
@@ -82,6 +85,19 @@ def test_tied_weights(tmp_path):
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
         assert torch.equal(loaded.get_parameter(HEAD), model.get_parameter(HEAD))
         assert isinstance(AutoModel.from_pretrained(tmp_path / name), PPLlavaModel)
+
+
+def test_tied_weights_that_differ(tmp_path):
+    model = fresh(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.config.save_pretrained(tmp_path)
+    message = (
+        f"{HEAD} in {str(tmp_path)!r} must equal model.language_model.model.embed_tokens.weight where "
+        "tie_word_embeddings is true, got other numbers; correct config.json"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        PPLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 # Weights that are not those of the model
@@ -203,6 +219,64 @@ def test_another_pooling_of_the_same_weights(folder, fields, tokens):
     assert len(generate(model, inputs)) == 2
 
 
+# Folders of the original
+
+
+@pytest.fixture
+def source(tmp_path):
+    return copy(tmp_path / "source")
+
+
+TABLE = "multi_modal_projector.clip_text_model.embeddings.position_embedding"
+
+
+def test_a_third_table(source):
+    write(source, weights_of() | {f"{TABLE}.weight": torch.zeros(248, 24)})
+    with refused(
+        f"the weights in {str(source)!r} must have one position table or the original's two, got {TABLE}.weight beside "
+        "those; remove it"
+    ):
+        PPLlavaForConditionalGeneration.from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "got"),
+    [
+        (TABLE, [77, 24], "model.guide.text_model.embeddings.position_embedding.weight [77, 24] instead of [248, 24]"),
+        (
+            f"{TABLE}_res",
+            [77, 24],
+            "model.guide.text_model.embeddings.position_embedding.weight [77, 24] instead of [248, 24]",
+        ),
+        (TABLE, [], "model.guide.text_model.embeddings.position_embedding.weight [] instead of [248, 24]"),
+        ("multi_modal_projector.logit_scale", [2], "model.guide.logit_scale [2] instead of []"),
+    ],
+)
+def test_wrong_shapes_loaded_as_they_are(source, key, shape, got):
+    write(source, weights_of() | {key: torch.ones(shape)})
+    with error(source, f"1 mis-shaped: {got}", remedy=RANDOM):
+        PPLlavaForConditionalGeneration.from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    "file", ["non_lora_trainables.bin", "adapter_model.safetensors", "adapter_config.json", "model_more.safetensors"]
+)
+@pytest.mark.parametrize("cls", [PPLlavaForConditionalGeneration, PPLlavaModel])
+def test_files_that_a_direct_load_would_leave_out(source, file, cls):
+    if file.endswith(".json"):
+        (source / file).write_text("{}")
+    else:
+        write(source, {"image_newline": torch.zeros(40)}, file=file)
+    with refused(
+        f"{str(source)!r} must hold its weights in model.safetensors or pytorch_model.bin alone to be loaded directly, "
+        f"got also {file}; use ppllava convert, and load what it wrote"
+    ):
+        cls.from_pretrained(source)
+
+
+# Files
+
+
 class Other:
     """Not a tensor."""
 
@@ -210,6 +284,15 @@ class Other:
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
+        *(
+            (
+                "pytorch_model.bin",
+                lambda path, tensor=tensor: torch.save({"a": tensor}, path),
+                f"{{path!r}} must hold plain tensors by name, got a {kind} tensor for a; nothing else is unpickled, "
+                "save it as safetensors where you trust it",
+            )
+            for kind, tensor in (("meta", torch.ones(3, device="meta")), ("torch.sparse_coo", torch.eye(3).to_sparse()))
+        ),
         (
             "pytorch_model.bin",
             lambda path: torch.save({"a": Other()}, path),
@@ -235,3 +318,24 @@ def test_broken_files(tmp_path, name, write, message):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(path=str(tmp_path / name)))}$"):
         PPLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files(tmp_path, zipped):
+    file, draw, messages = tmp_path / "model.bin", random.Random(0), []
+    torch.save({"a": torch.ones(10), "b": torch.zeros(3, 3)}, file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    for i in range(150):
+        content = bytearray(whole if i % 3 else whole[: draw.randrange(len(whole))])
+        for _ in range(10 if i % 3 else 0):
+            content[draw.randrange(min(2000, len(content)))] = draw.randrange(256)
+        file.write_bytes(content)
+        try:
+            read_files([file])
+        except ValueError as error:
+            messages.append(str(error))
+    kinds = "be a whole file of torch.save|hold plain tensors by name"
+    pattern = re.compile(rf"{re.escape(repr(str(file)))} must ({kinds}), got .*; .*")
+    assert len(messages) > 100
+    assert not [message for message in messages if not pattern.fullmatch(message)]

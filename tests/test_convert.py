@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,7 +129,9 @@ def test_mixed_dtypes_stay(source, tmp_path):
 
 def test_tied_weights(source, tmp_path):
     config = config_of()
-    write(source, config={**config, "text_config": {**config["text_config"], "tie_word_embeddings": True}})
+    weights = weights_of()
+    weights["language_model.lm_head.weight"] = weights["language_model.model.embed_tokens.weight"].clone()
+    write(source, weights, {**config, "text_config": {**config["text_config"], "tie_word_embeddings": True}})
     report = convert_checkpoint(source, tmp_path / "model")
     assert "language_model.lm_head.weight" in report.dropped
     expected = expected_weights()
@@ -246,6 +250,90 @@ def test_adapter_in_its_own_folder(tmp_path):
     for folder in ("one", "two"):
         for name, value in load_file(tmp_path / folder / "model.safetensors").items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["peft", "original"])
+@pytest.mark.parametrize(
+    ("pattern", "changed"),
+    [
+        (r"^model\.layers\.0\.self_attn\.q_proj", "layers.0.self_attn.q_proj"),
+        ("model.layers.1.self_attn.v_proj", "layers.1.self_attn.v_proj"),
+        (r"layers\.0\..*", "layers.0."),
+        ("language_model.model.layers.0.self_attn.q_proj", None),  # not a name that PEFT saw
+    ],
+)
+def test_lora_with_patterns(tmp_path, form, pattern, changed):
+    expected = lora_run(tmp_path / "source", form, scale=3.0)
+    folder = tmp_path / "source" / ("" if form == "peft" else "settings")
+    file = folder / "adapter_config.json"
+    patterns = {"alpha_pattern": {pattern: 10}, "rank_pattern": {pattern: 2, "q_proj": 2}}  # r = 2: a scale of 5, not 3
+    file.write_text(json.dumps({**json.loads(file.read_text()), **patterns}))
+    convert_checkpoint(tmp_path / "source", tmp_path / "model", base=FOLDERS["clip"], clip=CLIP, adapter=folder)
+    written, before = load_file(tmp_path / "model" / "model.safetensors"), expected_weights()
+    for name, value in expected.items():
+        scale = 5 / 3 if changed is not None and f"language_model.model.{changed}" in name else 1
+        merged = before[name] + scale * (value - before[name])
+        torch.testing.assert_close(written[name], merged, rtol=0, atol=1e-5)
+
+
+# Folders
+
+
+def test_a_link_to_an_empty_folder(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("new")
+    for link, folder in (("link", "empty"), ("dangling", "new")):
+        report = convert_checkpoint(source, tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        assert {path.name for path in (tmp_path / folder).iterdir()} == set(report.written)
+
+
+def test_an_empty_folder_is_kept(source, tmp_path):
+    (tmp_path / "mount").mkdir()
+    inode = (tmp_path / "mount").stat().st_ino  # a mount point can be neither removed nor replaced
+    words(source)
+    words(source / "clip_tiny")
+    report = convert_checkpoint(source, tmp_path / "mount")
+    assert (tmp_path / "mount").stat().st_ino == inode
+    assert "guide_tokenizer" in report.written
+    assert {path.name for path in (tmp_path / "mount").iterdir()} == set(report.written)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk(source, tmp_path, there):
+    folder = tmp_path / "results" / "model"
+    if there:
+        folder.mkdir(parents=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    message = rf"^{re.escape(repr(str(folder)))} must be a folder that can be written, got .*; make room there, or name"
+    try:
+        with pytest.raises(OSError, match=message):
+            convert_checkpoint(source, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in tmp_path.glob("results/**/*") if path != folder] == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interruption(source, tmp_path, monkeypatch, there):
+    folder = tmp_path / "results" / "model"
+    if there:
+        folder.mkdir(parents=True)
+    rename, left = Path.rename, [2 if there else 0]  # two files of three are in their place
+
+    def interrupted(path, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    (source / "generation_config.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, folder)
+    assert [path for path in tmp_path.glob("results/**/*") if path != folder] == []
 
 
 # Processors

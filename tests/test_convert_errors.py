@@ -10,6 +10,7 @@ import torch
 from checkpoints import (
     CLIP,
     FOLDERS,
+    config_of,
     copy,
     lora_run,
     refused,
@@ -204,6 +205,11 @@ LINEAR = "multi_modal_projector.linear_1.bias"
             f"1 mis-shaped: {TABLES}.position_embedding_res in {{file!r}} [77, 24] instead of [248, 24]",
             "",
         ),
+        (
+            {f"{TABLES}.position_embedding.weight": torch.ones(248, 24)},
+            f"1 unexpected: {TABLES}.position_embedding.weight",
+            "",
+        ),
         ({LINEAR: torch.full((40,), torch.nan)}, f"1 not finite: {LINEAR} in {{file!r}}", ""),
         ({LINEAR: torch.full((40,), -torch.inf)}, f"1 not finite: {LINEAR} in {{file!r}}", ""),
     ],
@@ -280,6 +286,47 @@ def test_two_adapters(tmp_path, refuses):
         "result",
         FOLDERS["clip"],
         base=tmp_path / "one",
+    )
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", [..., None, "16", 0, True])
+def test_adapter_without_a_scale(tmp_path, refuses, name, value):
+    folder = tmp_path / "source"
+    lora_run(folder, "peft")
+    file = folder / "adapter_config.json"
+    settings = {**json.loads(file.read_text()), name: value}
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    got = None if value is ... else value
+    refuses(
+        f"{str(file)!r} must have {name} as a positive number, got {got!r}; use that of the training configuration",
+        folder,
+        base=FOLDERS["clip"],
+        clip=CLIP,
+    )
+
+
+def test_a_guide_that_was_trained_further(source, tmp_path, refuses):
+    weights = {key: value for key, value in weights_of().items() if not key.endswith("clip_visual_ln.bias")}
+    write(source, weights, config_of(clip_post_pretrain="trained/clip"))
+    refuses(
+        f"{str(source)!r} must hold all weights of the guide, for clip_post_pretrain 'trained/clip' is not "
+        "clip_weight, got 1 missing: model.guide.norm.bias; pass the folder of that model with --clip",
+        source,
+    )
+    report = convert_checkpoint(source, tmp_path / "model", clip=CLIP)
+    assert report.filled == {str(CLIP): ["model.guide.norm.bias"]}
+
+
+@pytest.mark.parametrize("shape", [[], [77], [10, 24]])
+def test_position_tables_of_clip(source, refuses, shape):
+    table, file = "text_model.embeddings.position_embedding.weight", source / "clip_tiny" / "model.safetensors"
+    write(source / "clip_tiny", load_file(file) | {table: torch.ones(shape)})
+    write(source, {key: value for key, value in weights_of().items() if not key.startswith(TABLES)})
+    refuses(
+        f"the weights in {str(source)!r} must be those of its config.json, got 1 mis-shaped: {table} in {str(file)!r} "
+        f"{shape} instead of [248, 24]; download or save it again",
+        source,
     )
 
 

@@ -18,6 +18,13 @@ from checkpoints import (
 from safetensors.torch import load_file
 
 from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaModel, original
+from ppllava.convert import convert_checkpoint
+
+
+@pytest.fixture
+def source(tmp_path):
+    return copy(tmp_path / "source")
+
 
 both = pytest.mark.parametrize("family", ["clip", "siglip"])
 
@@ -200,6 +207,70 @@ def test_wrong_configurations(changes, message):
         original.translate_config(config_of(**changes), FOLDERS["clip"])
 
 
+VISION, TEXT = config_of()["vision_config"], config_of()["text_config"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"pooling_temp": "0.01"},
+            "Field 'pooling_temperature' with value '0.01' doesn't match any type in (<class 'float'>, <class 'int'>)",
+        ),
+        ({"clip_weight": 5}, "clip_weight must be the folder or name of a model, got 5"),
+        ({"clip_post_pretrain": [1]}, "clip_post_pretrain must be the folder or name of a model, got [1]"),
+        ({"projector_hidden_act": "x"}, "projector_hidden_act must be an activation of transformers, got 'x'"),
+        ({"vision_config": {**VISION, "hidden_act": 1}}, "hidden_act must be an activation of transformers, got 1"),
+        ({"torch_dtype": "x"}, "torch_dtype must be that of weights, such as 'bfloat16', got 'x'"),
+        ({"torch_dtype": 7}, "torch_dtype must be that of weights, such as 'bfloat16', got 7"),
+        (
+            {"vision_config": {**VISION, "patch_size": 0}},
+            "patch_size of vision_config must be a positive number of pixels, got 0",
+        ),
+        (
+            {"vision_config": {key: value for key, value in VISION.items() if key != "num_attention_heads"}},
+            "The hidden size (32) is not a multiple of the number of attention heads (12)",
+        ),
+        ({"btadapter_depth": None}, "Field 'adapter_depth' expected int, got NoneType (value: None)"),
+        ({"btadapter": "false"}, "btadapter must be true or false, got 'false'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings must be true or false, got None"),
+        (
+            {"text_config": {**TEXT, "tie_word_embeddings": 1}},
+            "tie_word_embeddings must be true or false, got 1",
+        ),
+        (
+            {"text_config": {**TEXT, "model_type": "clip"}},
+            "text_config must be that of a language model of transformers, got 'clip'",
+        ),
+    ],
+)
+def test_wrong_types(tmp_path, changes, reason):
+    source = write(tmp_path / "source", weights_of(), config_of(**{"clip_weight": str(CLIP), **changes}))
+    message = f"{str(source / 'config.json')!r} must describe a PPLLaVA, but {reason}; correct it"
+    with refused(message):
+        PPLlavaForConditionalGeneration.from_pretrained(source)
+    with refused(message):
+        convert_checkpoint(source, tmp_path / "model")
+
+
+def test_wrong_sizes(source, tmp_path):
+    write(source, config=config_of(max_T=-1))
+    message = "RuntimeError: Trying to create tensor with negative dimension -1: [-1, 32]"
+    with refused(f"{str(source / 'config.json')!r} must describe a PPLLaVA, but {message}; correct it"):
+        convert_checkpoint(source, tmp_path / "model")
+
+
+def test_a_wrong_clip(source):
+    config = json.loads((source / "clip_tiny" / "config.json").read_text())
+    config["text_config"]["hidden_size"] = "24"
+    write(source / "clip_tiny", config=config)
+    file = str(source / "clip_tiny" / "config.json")
+    reason = "Field 'hidden_size' expected int, got str (value: '24')"
+    with refused(f"{file!r} must describe a PPLLaVA, but {reason}; correct it"):
+        PPLlavaConfig.from_pretrained(source)
+
+
 def test_wrong_siglip_and_clip(tmp_path):
     with refused("btadapter must be false where qwen is true, got true; the BT-Adapter is for CLIP"):
         original.translate_config(config_of("siglip", btadapter=True), FOLDERS["siglip"])
@@ -245,11 +316,6 @@ def test_a_model_that_was_not_loaded_saves_its_own_names(tmp_path):
     assert load_file(tmp_path / "model.safetensors").keys() == expected_weights().keys()
 
 
-@pytest.fixture
-def source(tmp_path):
-    return copy(tmp_path / "source")
-
-
 def test_a_table_without_its_tail_is_missing(source):
     weights = weights_of()
     del weights["multi_modal_projector.clip_text_model.embeddings.position_embedding_res"]
@@ -257,6 +323,49 @@ def test_a_table_without_its_tail_is_missing(source):
     with pytest.raises(
         ValueError, match=r"got 1 missing: model\.guide\.text_model\.embeddings\.position_embedding\.wei"
     ):
+        PPLlavaForConditionalGeneration.from_pretrained(source)
+
+
+LAYER = "language_model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "name"),
+    [
+        ("model.image_newline", "image_newline", "model.image_newline"),
+        (
+            "vision_tower.pre_layrnorm.weight",
+            "vision_tower.vision_model.pre_layrnorm.weight",
+            "model.vision_tower.pre_layrnorm.weight",
+        ),
+        ("model.guide.logit_scale", "multi_modal_projector.logit_scale", "model.guide.logit_scale"),
+        ("base_model.model.image_newline", "image_newline", "image_newline"),
+        (f"{LAYER}.base_layer.weight", f"{LAYER}.weight", f"{LAYER}.weight"),
+    ],
+)
+def test_two_keys_of_one_weight(source, tmp_path, key, other, name):
+    weights, file = weights_of(), str(source / "model.safetensors")
+    write(source, {**weights, key: torch.zeros_like(weights[other])})
+    first, second = sorted((key, other))
+    message = f"{name} must be given once, got {first} in {file!r} and {second} in {file!r}; remove one of them"
+    with refused(message):
+        convert_checkpoint(source, tmp_path / "model")
+    if "base_" in key:  # not a key that transformers takes
+        message = (
+            f"the weights in {str(source)!r} must be exactly those of PPLlavaForConditionalGeneration with its "
+            f"config.json, got 1 unexpected: {key}; load a folder as save_pretrained wrote it"
+        )
+    with refused(message):
+        PPLlavaForConditionalGeneration.from_pretrained(source)
+
+
+def test_tied_weights_that_differ(source, tmp_path):
+    write(source, config=config_of(text_config={**TEXT, "tie_word_embeddings": True}))
+    head, table = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    message = "{} in {!r} must equal {} where tie_word_embeddings is true, got other numbers; correct config.json"
+    with refused(message.format(head, str(source / "model.safetensors"), table)):
+        convert_checkpoint(source, tmp_path / "model")
+    with refused(message.format(f"model.{head}", str(source), f"model.{table}")):
         PPLlavaForConditionalGeneration.from_pretrained(source)
 
 
