@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,33 +18,29 @@ from .sampling import sample_uniform
 
 # What Pillow decodes by itself.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX", "SGI")
+_EXPECTED = {
+    "image": "an image must be a path, a PIL image, uint8 [H, W, 3] or a tensor [3, H, W], got {}; pass frames as "
+    "videos",
+    "video": "a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images, got {}; add the "
+    "axis of the frames to a single image",
+}
 _URLS = ("http:", "https:", "data:")
 
 
-def flatten_videos(videos: Any) -> list[Any]:
-    """The single videos in nested lists of videos."""
-    return list(
-        _flatten(
-            videos,
-            is_clip,
-            4,
-            "a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images",
-            "add the axis of the frames to a single image",
-        )
-    )
+def flatten(kind: str, media: Any) -> list[Any]:
+    """The single images or videos in nested lists of them."""
+    return list(_flatten(kind, media))
 
 
-def flatten_images(images: Any) -> list[Any]:
-    """The single images in nested lists of images."""
-    return list(
-        _flatten(
-            images,
-            is_image,
-            3,
-            "an image must be a path, a PIL image, uint8 [H, W, 3] or a tensor [3, H, W]",
-            "pass frames as videos",
-        )
-    )
+def is_one(kind: str, medium: Any) -> bool:
+    """Whether it is a single image or video."""
+    if isinstance(medium, (str, os.PathLike)):
+        return True
+    if kind == "image":
+        return hasattr(medium, "convert") or getattr(medium, "ndim", 0) == 3
+    if isinstance(medium, (list, tuple)) and not hasattr(medium, "frames"):
+        return len(medium) > 0 and (hasattr(medium[0], "convert") or getattr(medium[0], "ndim", 0) == 3)
+    return hasattr(medium, "frames") or getattr(medium, "ndim", 0) == 4
 
 
 def read_frames(video: Any, num_frames: int | None, fps: float | None, default: int) -> Tensor:
@@ -143,25 +139,15 @@ def as_frames(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
-def _flatten(items: Any, is_one: Callable[[Any], bool], axes: int, expected: str, remedy: str) -> Iterator[Any]:
-    if is_one(items):
-        yield items
-    elif isinstance(items, (list, tuple)) or getattr(items, "ndim", 0) > axes:
-        for item in items:
-            yield from _flatten(item, is_one, axes, expected, remedy)
+def _flatten(kind: str, media: Any) -> Iterator[Any]:
+    if is_one(kind, media):
+        yield media
+    elif isinstance(media, (list, tuple)) or getattr(media, "ndim", 0) > 3 + (kind == "video"):
+        for medium in media:
+            yield from _flatten(kind, medium)
     else:
-        got = f"shape {list(items.shape)}" if hasattr(items, "shape") else type(items).__name__
-        raise ValueError(f"{expected}, got {got}; {remedy}")
-
-
-def is_clip(video: Any) -> bool:
-    if isinstance(video, (list, tuple)) and not hasattr(video, "frames"):
-        return len(video) > 0 and (hasattr(video[0], "convert") or getattr(video[0], "ndim", 0) == 3)
-    return isinstance(video, (str, os.PathLike)) or hasattr(video, "frames") or getattr(video, "ndim", 0) == 4
-
-
-def is_image(image: Any) -> bool:
-    return isinstance(image, (str, os.PathLike)) or hasattr(image, "convert") or getattr(image, "ndim", 0) == 3
+        got = f"shape {list(media.shape)}" if hasattr(media, "shape") else type(media).__name__
+        raise ValueError(_EXPECTED[kind].format(got))
 
 
 def _as_tensor(frames: Any) -> Tensor:
@@ -185,10 +171,8 @@ def _as_tensor(frames: Any) -> Tensor:
 
 __all__ = [
     "as_frames",
-    "flatten_images",
-    "flatten_videos",
-    "is_clip",
-    "is_image",
+    "flatten",
+    "is_one",
     "open_image",
     "read_frames",
     "read_image",

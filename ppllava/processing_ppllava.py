@@ -26,10 +26,8 @@ from .configuration_ppllava import PPLlavaConfig
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
-    flatten_images,
-    flatten_videos,
-    is_clip,
-    is_image,
+    flatten,
+    is_one,
     read_frames,
     read_image,
     to_pixels,
@@ -188,8 +186,8 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}; the model takes torch tensors only")
         self._check_names(kwargs)
         prompts = self._prompts(text)
-        pictures = [] if images is None else flatten_images(images)
-        clips = [] if videos is None else flatten_videos(videos)
+        pictures = [] if images is None else flatten("image", images)
+        clips = [] if videos is None else flatten("video", videos)
         image_counts = self._counts(prompts, "image", images, pictures)
         video_counts = self._counts(prompts, "video", videos, clips)
         data, image_runs, video_runs = {}, [], []
@@ -332,10 +330,9 @@ class PPLlavaProcessor(ProcessorMixin):
                 f"write one where each {kind} belongs"
             )
         # Nested by prompt, media belong to theirs; one list of single media is in order of the placeholders.
-        flatten, is_one = (flatten_images, is_image) if kind == "image" else (flatten_videos, is_clip)
-        nested = isinstance(given, (list, tuple)) and not is_one(given)
-        if nested and any(isinstance(one, (list, tuple)) and not is_one(one) for one in given):
-            lengths = [len(flatten(one)) for one in given]
+        nested = isinstance(given, (list, tuple)) and not is_one(kind, given)
+        if nested and any(isinstance(one, (list, tuple)) and not is_one(kind, one) for one in given):
+            lengths = [len(flatten(kind, one)) for one in given]
             if lengths != counts:
                 raise ValueError(
                     f"text must hold one {token} for each {kind} of its prompt, got {counts} of them and {lengths} "
