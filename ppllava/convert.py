@@ -352,7 +352,12 @@ def _processor(
                 f"{str(folder)!r}; pass the tokenizer of this language model"
             )
         setattr(config, f"{name}_token_index", index)
-    for each in (words, guide):
+    for name, each, text in (("text_config", words, config.text_config), ("guide_config", guide, config.guide_config)):
+        if (last := max(each.get_vocab().values())) >= text.vocab_size:
+            raise ValueError(
+                f"the vocabulary of {name} must have a row for each token, got {text.vocab_size} rows and the id "
+                f"{last} from {each.name_or_path!r}; pass the tokenizer of this model"
+            )
         if each.pad_token is None:
             each.pad_token = each.unk_token or each.eos_token
     report.processor = (

@@ -153,21 +153,24 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **self.positions(position_ids, attention_mask, inputs_embeds.shape[1]),
+            **self.positions(position_ids, attention_mask, past_key_values, inputs_embeds.shape[1]),
             **kwargs,
         )
 
-    def positions(self, position_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
-        """position_ids [N, S] as an argument of the language model, for S = length new tokens: counted from the first
-        token of each prompt where they are not given, or padding on the left would be counted, too.
+    def positions(
+        self, position_ids: Tensor | None, attention_mask: Tensor | None, past: Cache | None, length: int
+    ) -> dict[str, Tensor]:
+        """position_ids [N, S] as an argument of the language model, for S = length tokens after those in the cache:
+        counted from the first token of each prompt where they are not given, or padding on the left would be counted.
 
         Raises:
             ValueError: for padding on the left where the language model counts it and takes no positions.
         """
         takes = "position_ids" in self._language_model_arguments
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             if takes:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+                start = _length(past)  # the mask of a static cache may be as long as the cache
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start : start + length]
             elif self._counts_padding and not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
                 raise ValueError(
                     f"attention_mask must have no padding on the left for {type(self.language_model).__name__}, which "
@@ -264,6 +267,11 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         names = ("mm_encoder_outputs", *inspect.signature(self.model.get_media_features).parameters)
         if any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", *PIXELS.values())):
             self._check_chunks(*args[1:2], **kwargs)
+            if isinstance(kwargs.get("assistant_model"), PPLlavaPreTrainedModel):
+                raise ValueError(
+                    "assistant_model must be a language model, got a PPLLaVA, which would not see the images and "
+                    "videos; pass its model.language_model"
+                )
             self.model.check_length(kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             outputs = self.model.encode_media(**{name: kwargs.pop(name) for name in names if name in kwargs})
             if kwargs.get("input_ids") is not None:
@@ -341,7 +349,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
-            **self.model.positions(position_ids, attention_mask, inputs_embeds.shape[1]),
+            **self.model.positions(position_ids, attention_mask, past_key_values, inputs_embeds.shape[1]),
             **({"logits_to_keep": logits_to_keep} if keeps else {}),
             **kwargs,
         )

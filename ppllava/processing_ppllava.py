@@ -222,8 +222,9 @@ class PPLlavaProcessor(ProcessorMixin):
             self._check_blocks(messages, bool(kwargs.get("tokenize")))
         if kwargs.get("tokenize"):
             guides = [_question(messages) for messages in conversations]
-            # transformers 5.20 drops processor_kwargs where these come as plain arguments.
-            plain = {name: kwargs.pop(name) for name in ("num_frames", "fps", "guide_text") if name in kwargs}
+            # transformers 5.20 drops processor_kwargs where one of these comes as a plain argument.
+            ours = self._known_names() - {*inspect.signature(ProcessorMixin.apply_chat_template).parameters}
+            plain = {name: kwargs.pop(name) for name in ours.intersection(kwargs)}
             given = kwargs.pop("processor_kwargs", None) or {}
             kwargs["processor_kwargs"] = {"guide_text": guides, **plain, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
@@ -235,13 +236,14 @@ class PPLlavaProcessor(ProcessorMixin):
         for message in messages:
             content = message.get("content")
             for block in () if content is None or isinstance(content, str) else content:
-                if block.get("type") not in ("text", "image", "video"):
+                kind = block.get("type") if isinstance(block, dict) else block
+                if kind not in ("text", "image", "video", "image_url", "video_url"):  # transformers translates the last
                     raise ValueError(
-                        f"a block of a message must be of type text, image or video, got {block.get('type')!r}; the "
-                        "model knows nothing else, leave it out"
+                        f"a block of a message must be of type text, image or video, got {kind!r}; the model knows "
+                        "nothing else, leave it out"
                     )
                 for token in (self.image_token, self.video_token):
-                    if tokenize and token in block.get("text", ""):
+                    if tokenize and token in (block.get("text") or ""):
                         raise ValueError(
                             f"a block of text must not hold {token}, which stands for a file; write it otherwise, and "
                             "pass files as blocks of their own"
@@ -310,14 +312,19 @@ class PPLlavaProcessor(ProcessorMixin):
             )
         return found
 
+    def _known_names(self) -> set[str]:
+        """The arguments of this processor and of its tokenizer."""
+        calls = (type(self).__call__, type(self.tokenizer).__call__)
+        return {*TextKwargs.__annotations__, *(name for call in calls for name in inspect.signature(call).parameters)}
+
     def _check_names(self, given: dict[str, Any]) -> None:
         """The tokenizer would swallow a misspelt name in silence."""
-        known = {*inspect.signature(type(self.tokenizer).__call__).parameters, *TextKwargs.__annotations__, *_OTHER}
-        known.update(GenerationConfig().to_dict())  # which pipelines pass on
+        known = {*self._known_names(), *GenerationConfig().to_dict(), *_OTHER}  # pipelines pass on what is for generate
         if wrong := [name for name, value in given.items() if name not in known and value is not None]:
-            raise ValueError(
-                f"{wrong[0]} must be an argument of the processor or of its tokenizer, got {given[wrong[0]]!r}; check "
-                "the spelling"
+            warnings.warn(
+                f"{', '.join(wrong)} must be an argument of the processor or of its tokenizer to have an effect, and "
+                "is none; check the spelling",
+                stacklevel=3,
             )
 
     def _counts(self, prompts: list[str], kind: str, given: Any, media: list) -> list[int]:
@@ -405,7 +412,7 @@ def _question(messages: Any) -> str:
     content = turns[-1].get("content") or "" if turns else ""
     if isinstance(content, str):
         return content
-    return "\n".join(block["text"] for block in content if block.get("type") == "text")
+    return "\n".join(block.get("text") or "" for block in content if block.get("type") == "text")
 
 
 __all__ = ["PPLlavaProcessor"]

@@ -1,6 +1,7 @@
 """From the original's folders to answers, on the command line: convert, load, ask."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -89,3 +90,14 @@ def test_a_folder_without_a_processor(tmp_path):
         f"ppllava: the model in {str(tmp_path / 'model')!r} cannot be loaded: it has no processor_config.json; convert "
         "it again, with --tokenizer and --guide-tokenizer\n"
     )
+
+
+def test_tokenizers_of_another_model(tmp_path):
+    words = save_tokenizer(tmp_path / "words", *SIZES["model_qwen"])
+    guide = save_tokenizer(tmp_path / "guide", 71)
+    message = (
+        f"the vocabulary of guide_config must have a row for each token, got 70 rows and the id 70 from {guide!r}; "
+        "pass the tokenizer of this model"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        convert_checkpoint(GOLDEN / "model_qwen" / "hf", tmp_path / "model", tokenizer=words, guide_tokenizer=guide)

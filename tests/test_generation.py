@@ -133,6 +133,15 @@ def test_encoded_before():
         model.generate(**inputs, **GREEDY, mm_encoder_outputs=features)
 
 
+def test_a_ppllava_does_not_assist():
+    model, processor = built()
+    inputs = mixed(processor, only=1)
+    with pytest.raises(ValueError, match=r"^assistant_model must be a language model, got a PPLLaVA, "):
+        model.generate(**inputs, **GREEDY, assistant_model=model)
+    assisted = model.generate(**inputs, **GREEDY, assistant_model=model.model.language_model)
+    assert torch.equal(assisted, model.generate(**inputs, **GREEDY))
+
+
 def test_relevance_of_every_medium():
     model, processor = built()
     inputs = mixed(processor)

@@ -71,7 +71,7 @@ def test_merged_inputs(case, name):
     inputs, outputs = made.inputs(side(name)), made.outputs()
     mask = outputs["merged_attention_mask"].bool()
     assert [len(row) for row in made.rows] == mask.sum(1).tolist()
-    positions = model.positions(None, inputs["attention_mask"], inputs["input_ids"].shape[1])["position_ids"]
+    positions = model.positions(None, inputs["attention_mask"], None, inputs["input_ids"].shape[1])["position_ids"]
     for row, expected, seen in zip(attended(inputs, positions), outputs["merged_position_ids"], mask):
         assert torch.equal(row, expected[seen])
     if "merged_inputs_embeds" in outputs:

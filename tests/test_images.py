@@ -300,6 +300,20 @@ def test_errors(case, processor):
         processor(**arguments)
 
 
+def test_blocks_as_datasets_and_servers_write_them(tmp_path, processor):
+    path = tmp_path / "picture.png"
+    path.write_bytes(saved(picture()))
+    expected = processor(text=ONE, images=picture())
+    text = {"type": "text", "text": "What is it?", "image": None}
+    for image in (
+        {"type": "image", "image": picture(), "text": None},
+        {"type": "image_url", "image_url": {"url": str(path)}},
+    ):
+        chat = [{"role": "user", "content": [image, text]}]
+        inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert all(torch.equal(inputs[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("kind", ["audio", "input_image", None])
 def test_a_block_of_another_type(kind, processor):
     message = (

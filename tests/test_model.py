@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny import NEW, alone, batch, clip, close, fresh, generate, prompt, tiny
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, StaticCache
 
 import ppllava
 import ppllava_kernels
@@ -106,6 +106,8 @@ def test_output_size_is_a_token_budget_for_any_length():
 
 # Running it
 
+FREE = {"attention_mask": None}
+
 
 @pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}])
 def test_generate_encodes_the_videos_once(arguments, monkeypatch):
@@ -137,6 +139,20 @@ def test_decoding_without_generate_counts_from_the_first_token():
         one = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits[:, -1]
         whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], token], 1), "attention_mask": mask}
         close(one, model(**whole).logits[:, -1], 1e-4)
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_decoding_without_generate_in_a_static_cache(rest):
+    """The mask may be as long as the cache; what lies after the tokens so far does not count."""
+    model, inputs = tiny()[0], alone(1, 8)
+    start = inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1).long(), torch.full((1, 9), rest)], 1)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=start + 10)
+    with torch.no_grad():
+        expected = model(**{**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[9]])], 1)} | FREE)
+        model(**{**inputs, "attention_mask": mask}, past_key_values=cache)
+        one = model(input_ids=torch.tensor([[9]]), attention_mask=mask, past_key_values=cache)
+    close(one.logits[:, -1], expected.logits[:, -1], 1e-4)
 
 
 @pytest.mark.parametrize("length", [4, 8])

@@ -403,9 +403,20 @@ def test_resize_mode_error():
 
 
 def test_a_misspelt_argument():
-    message = "nframes must be an argument of the processor or of its tokenizer, got 2; check the spelling"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        processor()(text=TEXT, videos=clip(), nframes=2)
+    message = (
+        "nframes, tuncation must be an argument of the processor or of its tokenizer to have an effect, and is none; "
+        "check the spelling"
+    )
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        processor()(text=TEXT, videos=clip(), nframes=2, tuncation=True, max_new_tokens=3, do_resize=None)
+
+
+def test_plain_arguments_of_a_chat_template_count_together():
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    plain = {"num_frames": 2, "guide_text": "Who?", "padding_side": "right"}
+    inputs = processor().apply_chat_template(chat("What?", video=clip(8)), **plain, **options)
+    assert inputs["video_frames"].tolist() == [2]
+    assert questions(inputs) == ["who?"]
 
 
 @pytest.mark.parametrize(
