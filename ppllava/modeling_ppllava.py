@@ -316,8 +316,8 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         """Logits, and the loss where labels are given: the output of the language model.
 
         Args:
-            input_ids: int [N, S]; each image and video is as many `<image>` or `<video>` tokens as it has visual
-            tokens. pixel_values, image_sizes, image_views, image_groups: the images of all prompts in order;
+            input_ids: int [N, S]; each image and video is as many `<image>` or `<video>` tokens as it has visual ones.
+            pixel_values, image_sizes, image_views, image_groups: the images of all prompts in order;
             pixel_values_videos, video_frames: and the videos;
             guide_input_ids, guide_attention_mask: and the questions, as in :meth:`PPLlavaModel.get_media_features`.
             attention_mask: int [N, S].

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.image_utils import (
@@ -268,7 +269,10 @@ class PPLlavaProcessor(ProcessorMixin):
     def preprocess_image(self, image: Any, views: bool = True) -> Tensor:
         """One image, in any of the forms of `__call__`, as pixel values float32 [views, 3, S, S]: the whole image, and
         with `views` the grid that `image_grid_pinpoints` gives it, row by row."""
-        image = read_image(image)
+        return self._views(read_image(image), views)
+
+    def _views(self, image: Image.Image, views: bool) -> Tensor:
+        """:meth:`preprocess_image` of an image in RGB."""
         if not (views and self.image_grid_pinpoints):
             return self._pixels(as_frames(image))
         edge = {"height": self.image_size, "width": self.image_size}
@@ -287,7 +291,7 @@ class PPLlavaProcessor(ProcessorMixin):
         pixels, sizes, tokens, queue = [], [], [], iter(images)
         for count in groups:
             for image in map(read_image, islice(queue, count)):
-                pixels.append(self.preprocess_image(image, views=count == 1))
+                pixels.append(self._views(image, views=count == 1))
                 size = (image.height, image.width)
                 tokens.append(self.visual_pooling.image_tokens(size, len(pixels[-1]), in_list=count > 1))
                 sizes.append(size)

@@ -96,7 +96,7 @@ def is_trained(key):
 
 def lora_run(folder, form, scale=3.0):
     """A run of the original with LoRA in q_proj and v_proj, as PEFT or its own script writes it; the merged weights."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT; pip install peft")
     torch.manual_seed(0)
     model = PPLlavaForConditionalGeneration.from_pretrained(FOLDERS["clip"])
     settings = peft.LoraConfig(r=2, lora_alpha=2 * scale, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

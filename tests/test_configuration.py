@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from transformers import Qwen2Config
@@ -69,6 +70,22 @@ LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 def test_context_length(text_config, positions):
     config = PPLlavaConfig(text_config={"vocab_size": 32064, **text_config})
     assert config.context_length == positions
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, "1,024"),
+        ({"pooling": "adaptive_mean", "pooling_output_size": (16, 12, 12)}, "2,304"),
+        ({"pooling": "temporal_mean"}, "576"),
+        ({"pooling": "none"}, "18,432"),
+    ],
+)
+def test_tokens_of_32_frames_are_those_of_the_docs(fields, tokens):
+    page = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{fields.get('pooling', 'prompt_guided')}`"))
+    assert row.endswith(f"| {tokens} |")
+    assert f"{PPLlavaConfig(**fields).visual_pooling.video_tokens(32):,}" == tokens
 
 
 TINY_CLIP = {"num_hidden_layers": 3, "image_size": 42, "patch_size": 7}

@@ -370,7 +370,7 @@ def test_tied_weights_that_differ(source, tmp_path):
 
 
 def test_adapters_of_peft_keep_their_names(tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT; pip install peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "linear_1"], init_lora_weights=False)
     trained = peft.get_peft_model(PPLlavaForConditionalGeneration.from_pretrained(FOLDERS["clip"]), settings)
     trained.save_pretrained(tmp_path)
