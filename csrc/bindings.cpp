@@ -206,6 +206,91 @@ void weighted_pool3d_backward(
   PPLLAVA_CALL(weighted_pool3d_backward, call.args);
 }
 
+// The windows of patches that lie as those of `features`, whose channels play no part.
+void window_shares(
+    const at::Tensor& shares, const OptionalTensor& weights, const at::Tensor& features, double temperature,
+    const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans) {
+  Pool call(kCpu, features, weights, temperature, window, counts, outputs, spans);
+  call.args.shares = kCpu.data(shares);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(window_shares, call.args);
+}
+
+void window_shares_backward(
+    const at::Tensor& grad_weights, const at::Tensor& shares, const at::Tensor& dots, const at::Tensor& features,
+    double temperature, const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs,
+    const Sizes& spans) {
+  Pool call(kCpu, features, std::nullopt, temperature, window, counts, outputs, spans);
+  call.args.grad_weights = kCpu.grid(grad_weights, call.axes);
+  call.args.shares = kCpu.data(shares);
+  call.args.grad_scores = kCpu.data(dots);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(window_shares_backward, call.args);
+}
+
+// Of either device: the channels `channel` ... of z [rows, channels] of the patches from `first` on.
+TileArgs tile_of(
+    const Pool& call, const Tensors& on, const at::Tensor& hidden, const OptionalTensor& bias, const at::Tensor& shares,
+    int64_t first, int64_t step) {
+  TileArgs args{call.args};
+  TORCH_CHECK(hidden.dim() == 2, "expected a tile of 2 axes, got ", hidden.dim());
+  TORCH_CHECK(!bias || bias->numel() == hidden.size(1), "expected a bias of the tile's channels");
+  TORCH_CHECK(!bias || bias->scalar_type() == hidden.scalar_type(), "expected a bias of the tile's dtype");
+  args.values = {on.data(hidden), dtype_of(hidden), {}};
+  args.bias = on.data(bias);
+  args.shares = on.data(shares);
+  args.first = first;
+  args.rows = hidden.size(0);
+  args.channels = hidden.size(1);
+  args.step = step;
+  return args;
+}
+
+void* from_channel(void* rows, const at::Tensor& x, int64_t channel) {
+  return static_cast<char*>(rows) + channel * x.element_size();
+}
+
+void pool_hidden(
+    const at::Tensor& sums, const at::Tensor& hidden, const OptionalTensor& bias, const at::Tensor& shares,
+    int64_t first, int64_t channel, const at::Tensor& features, const std::vector<Sizes>& window, const Sizes& counts,
+    const Sizes& outputs, const Sizes& spans) {
+  const Pool call(kCpu, features, std::nullopt, 1, window, counts, outputs, spans);
+  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, sums.size(-1));
+  args.pooled = from_channel(kCpu.data(sums), sums, channel);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(pool_hidden, args);
+}
+
+void pool_hidden_backward(
+    const at::Tensor& hidden, const OptionalTensor& bias, const at::Tensor& shares, const OptionalTensor& dots,
+    const at::Tensor& grad, int64_t first, int64_t channel, const at::Tensor& features,
+    const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans) {
+  const Pool call(kCpu, features, std::nullopt, 1, window, counts, outputs, spans);
+  TORCH_CHECK(grad.scalar_type() == hidden.scalar_type(), "expected a gradient of the tile's dtype");
+  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, grad.size(-1));
+  args.grad = from_channel(kCpu.data(grad), grad, channel);
+  args.grad_scores = kCpu.data(dots);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(pool_hidden_backward, args);
+}
+
+ScoreArgs score_of(
+    const Tensors& on, const at::Tensor& cosines, const OptionalTensor& norms, const at::Tensor& embeds,
+    const at::Tensor& text) {
+  TORCH_CHECK(embeds.dim() == 2 && text.numel() == embeds.size(1), "expected embeds [rows, C] and text [C]");
+  const int64_t rows = embeds.size(0);
+  TORCH_CHECK(
+      cosines.numel() == rows && (!norms || norms->numel() == rows), "expected a cosine and a norm for each row");
+  return {on.data(embeds), on.data(text), on.data(cosines), on.data(norms), dtype_of(embeds), rows, embeds.size(1)};
+}
+
+void score_rows(
+    const at::Tensor& cosines, const OptionalTensor& norms, const at::Tensor& embeds, const at::Tensor& text) {
+  const ScoreArgs args = score_of(kCpu, cosines, norms, embeds, text);
+  py::gil_scoped_release unlocked;
+  PPLLAVA_CALL(score_rows, args);
+}
+
 #ifdef PPLLAVA_WITH_CUDA
 namespace gpu {
 
@@ -319,6 +404,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prompt_relevance_backward", &ppllava::prompt_relevance_backward);
   m.def("weighted_pool3d", &ppllava::weighted_pool3d);
   m.def("weighted_pool3d_backward", &ppllava::weighted_pool3d_backward);
+  m.def("window_shares", &ppllava::window_shares);
+  m.def("window_shares_backward", &ppllava::window_shares_backward);
+  m.def("pool_hidden", &ppllava::pool_hidden);
+  m.def("pool_hidden_backward", &ppllava::pool_hidden_backward);
+  m.def("score_rows", &ppllava::score_rows);
 #ifdef PPLLAVA_WITH_CUDA
   m.attr("cuda_architectures") = PPLLAVA_CUDA_ARCHS;
   m.attr("cuda_version") = PPLLAVA_CUDA_VERSION;

@@ -90,6 +90,23 @@ struct PoolArgs {
   double temperature;
 };
 
+// Some channels of z = x W1, before bias and gelu, of the patches first <= i < first + rows of all clips, which lie in
+// one clip: a row of `values` each. What is pooled adds up over tiles.
+struct TileArgs : PoolArgs {  // values: data and dtype; channels: of the tile; pooled: in the accumulator's dtype
+  const void* bias;           // [channels] or null, in the dtype of values
+  int64_t first, rows;
+  int64_t step;  // from one row of pooled or grad to the next
+};
+
+// cosines[i] = cos(embeds[i], text), norms[i] = |embeds[i]|
+struct ScoreArgs {
+  const void* embeds;     // [rows, C]
+  const void* text;       // [C] in the accumulator's dtype
+  void *cosines, *norms;  // [rows] in the accumulator's dtype; norms may be null
+  Dtype dtype;            // of embeds
+  int64_t rows, channels;
+};
+
 // relevance[i] = softmax over one clip of scale * cos(image_embeds[i], text_embeds)
 struct RelevanceArgs {
   Grid image_embeds;        // [B, T, H, W, C]

@@ -1,7 +1,13 @@
 """Prompt-guided compression of video tokens: relevance scoring, softmax weighting and 3D pooling as fused ops."""
 
 from .backends import compatible_backends, why_not
-from .functional import prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+from .functional import (
+    prompt_guided_pool3d,
+    prompt_guided_project,
+    prompt_relevance,
+    weighted_pool3d,
+    weighted_project,
+)
 from .modules import PromptGuidedPool3d, WeightedPool3d
 from .shapes import pooled_size
 
@@ -12,7 +18,9 @@ __all__ = [
     "compatible_backends",
     "pooled_size",
     "prompt_guided_pool3d",
+    "prompt_guided_project",
     "prompt_relevance",
     "weighted_pool3d",
+    "weighted_project",
     "why_not",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -72,12 +74,14 @@ def check_contiguous_channels(name: str, x: Tensor) -> None:
         )
 
 
-def check_grid(name: str, grid: torch.Size, values: Tensor, cu_frames: Tensor | None, channel: str = "") -> None:
+def check_grid(
+    name: str, grid: torch.Size, values: Tensor, cu_frames: Tensor | None, channel: str = "", match: str = "values"
+) -> None:
     """`grid`, the shape of `name` without its channel axis, is that of `values`."""
     if grid != values.shape[:-1]:
         lead = DENSE if cu_frames is None else RAGGED
         raise ValueError(
-            f"{name} must be [{lead}{channel}] with [{lead}] = {list(values.shape[:-1])} to match values, "
+            f"{name} must be [{lead}{channel}] with [{lead}] = {list(values.shape[:-1])} to match {match}, "
             f"got {list(grid)}; both must describe the same patches"
         )
 
@@ -95,10 +99,14 @@ def check_embeds(image_embeds: Tensor, text_embeds: Tensor, cu_frames: Tensor | 
             f"text_embeds must have the {image[-1]} channels of image_embeds, got {text[1]}; "
             "use image and text embeddings of one CLIP model"
         )
-    if text[0] != batch:
-        hint = "use text_embeds.expand(B, -1) to share one prompt" if cu_frames is None else "one row for each video"
-        raise ValueError(f"text_embeds must be [B, C] with B = {batch} videos, got B = {text[0]}; {hint}")
+    _check_batch(text[0], batch, cu_frames)
     check_contiguous_channels("text_embeds", text_embeds)
+
+
+def _check_batch(got: int, batch: int, cu_frames: Tensor | None) -> None:
+    if got != batch:
+        hint = "use text_embeds.expand(B, -1) to share one prompt" if cu_frames is None else "one row for each video"
+        raise ValueError(f"text_embeds must be [B, C] with B = {batch} videos, got B = {got}; {hint}")
 
 
 def check_window(values: Tensor, window: Window, cu_frames: Tensor | None) -> None:
@@ -134,27 +142,99 @@ def check_logit_scale(logit_scale: float | Tensor) -> None:
         )
 
 
-def split_logit_scale(logit_scale: float | Tensor, image_embeds: Tensor) -> tuple[float, Tensor | None]:
+def split_logit_scale(
+    logit_scale: float | Tensor, image_embeds: Tensor, name: str = "image_embeds"
+) -> tuple[float, Tensor | None]:
     """The scale as (float, tensor): their product counts, a missing tensor is 1; a tensor may ask for a gradient."""
     check_logit_scale(logit_scale)
     if not isinstance(logit_scale, Tensor):
         return float(logit_scale), None
     if logit_scale.device != image_embeds.device:
         raise ValueError(
-            f"logit_scale must be on the device of image_embeds, {image_embeds.device}, got {logit_scale.device}; "
-            "use logit_scale.to(image_embeds.device), or a float"
+            f"logit_scale must be on the device of {name}, {image_embeds.device}, got {logit_scale.device}; "
+            f"use logit_scale.to({name}.device), or a float"
         )
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     return 1.0, logit_scale.reshape(()).to(dtype)
 
 
-def check_backend(backend: str | None, x: Tensor) -> str:
+def check_projector(
+    features: Tensor,
+    linear_1_weight: Tensor,
+    linear_1_bias: Tensor | None,
+    linear_2_weight: Tensor,
+    linear_2_bias: Tensor | None,
+    **guide: Tensor | None,
+) -> None:
+    """Weights that chain from `features`, all in its dtype; guide: norm_weight, norm_bias and guide_weight, if any."""
+    width = features.shape[-1]
+    for name in ("norm_weight", "norm_bias"):
+        x = guide.get(name)
+        if x is not None and x.shape != (width,):
+            raise ValueError(
+                f"{name} must be [V] with the V of features {list(features.shape)}, got {list(x.shape)}; "
+                "normalise the features over their own channels"
+            )
+    _check_weight("guide_weight", guide.get("guide_weight"), "C, V", "features", features)
+    _check_weight("linear_1_weight", linear_1_weight, "D', V", "features", features)
+    _check_weight("linear_2_weight", linear_2_weight, "D, D'", "linear_1_weight", linear_1_weight.t())
+    for bias, weight, x, y in (
+        ("linear_1_bias", "linear_1_weight", linear_1_bias, linear_1_weight),
+        ("linear_2_bias", "linear_2_weight", linear_2_bias, linear_2_weight),
+    ):
+        if x is not None and x.shape != y.shape[:1]:
+            raise ValueError(
+                f"{bias} must be None or [{y.shape[0]}] to match {weight} {list(y.shape)}, got {list(x.shape)}; "
+                "pass weight and bias of one linear layer"
+            )
+    layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
+    layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
+    for name, x in (guide | layers).items():
+        if x is not None and x.dtype != features.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of features, {features.dtype}, got {x.dtype}; convert one of them, or run "
+                "under torch.autocast"
+            )
+
+
+def _check_weight(name: str, weight: Tensor | None, shape: str, before: str, x: Tensor) -> None:
+    """`weight` [out, in] takes what `before`, x [..., in], gives."""
+    if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[-1]):
+        given = list(x.shape if before == "features" else x.t().shape)
+        raise ValueError(
+            f"{name} must be [{shape}] with {shape[-2:].strip()} = {x.shape[-1]} to follow {before} {given}, got "
+            f"{list(weight.shape)}; pass the weight of nn.Linear, [out, in]"
+        )
+
+
+def check_norm_eps(norm_eps: float) -> float:
+    if not isinstance(norm_eps, (int, float)) or isinstance(norm_eps, bool):
+        raise TypeError(f"norm_eps must be a float, got {type(norm_eps).__name__}; pass that of the layer norm")
+    if not 0 <= norm_eps <= LARGEST:
+        raise ValueError(f"norm_eps must be finite and not negative, got {norm_eps}; CLIP has 1e-5")
+    return float(norm_eps)
+
+
+def check_text(text_embeds: Tensor, features: Tensor, guide_weight: Tensor, cu_frames: Tensor | None) -> None:
+    """[B, C], one prompt for each video, in the space that `guide_weight` [C, V] leads to."""
+    batch = features.shape[0] if cu_frames is None else cu_frames.shape[0] - 1
+    text, guide = list(text_embeds.shape), list(guide_weight.shape)
+    if text_embeds.dim() != 2 or text[1] != guide[0]:
+        raise ValueError(
+            f"text_embeds must be [B, C] with C = {guide[0]} to match guide_weight {guide}, got {text}; "
+            "use text embeddings and projection of one CLIP model"
+        )
+    _check_batch(text[0], batch, cu_frames)
+    check_contiguous_channels("text_embeds", text_embeds)
+
+
+def check_backend(backend: str | None, x: Tensor, order: Iterable[str] = backends.BACKENDS) -> str:
     """The backend to run: the first compatible one for None, else `backend` itself, or why it cannot run.
 
     `x` stands for all tensors of the call: `check_tensors` found them on one device, float64 all or none.
     """
     if backend is None:
-        return backends.best_backend(x)
+        return backends.best_backend(x, order=order)
     reason = backends.why_not(backend, x)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run: {reason}")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .backends import reference
+from .backends import PROJECTOR, reference
 from .checks import (
     check_backend,
     check_channels_last,
     check_embeds,
     check_grid,
+    check_norm_eps,
+    check_projector,
     check_temperature,
     check_tensors,
+    check_text,
     check_window,
     split_logit_scale,
 )
@@ -169,3 +174,147 @@ def prompt_guided_pool3d(
             values, image_embeds, text_embeds, scale_tensor, scale, *window, temperature, cu_frames, backend
         )
     return (pooled, relevance) if return_relevance else pooled
+
+
+def prompt_guided_project(
+    features: Tensor,  # [B, T, H, W, V] or [F, H, W, V]
+    text_embeds: Tensor,  # [B, C]
+    *,
+    norm_weight: Tensor | None,  # [V]
+    norm_bias: Tensor | None,  # [V]
+    norm_eps: float,
+    guide_weight: Tensor,  # [C, V]
+    linear_1_weight: Tensor,  # [D', V]
+    linear_1_bias: Tensor | None,  # [D']
+    linear_2_weight: Tensor,  # [D, D']
+    linear_2_bias: Tensor | None,  # [D]
+    kernel_size: Size | None = None,
+    stride: Size | None = None,
+    output_size: Size | None = None,
+    logit_scale: float | Tensor = 100.0,
+    temperature: float = 0.01,
+    return_relevance: bool = False,
+    cu_frames: Tensor | None = None,  # [B+1]
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""From the features of a vision tower to the tokens of a language model: guide, projector and pooling.
+
+    .. math::
+        r_i = \mathrm{softmax}_i(s \cos(P \, \mathrm{LN}(x_i), c)), \quad
+        y_o = \sum_{i \in o} \mathrm{softmax}_{i \in o}(r_i / \tau) \, (W_2 \, \mathrm{gelu}(W_1 x_i + b_1) + b_2)
+
+    The shares of a window sum to one and W_2 is linear, so that pooling comes before it: exact up to rounding, and on
+    T*H*W rows there are two products instead of three. Nothing of size T*H*W x D' is written, forward or backward: the
+    first layer is pooled tile by tile as it is computed. (PPLLaVA, arXiv 2411.02327, section 3.2.)
+
+    Args:
+        features: [B, T, H, W, V] of the vision tower, without class token. Any strides with a contiguous channel axis.
+        text_embeds: [B, C] one prompt embedding per video, not normalised, of any floating dtype.
+        norm_weight, norm_bias, norm_eps: of the guide's layer norm over V; a weight or bias may be None.
+        guide_weight: [C, V] from normalised features into the space of the text: CLIP's visual projection.
+        linear_1_weight, linear_1_bias: [D', V] and [D'] or None, of the projector's first layer; gelu is the exact one.
+        linear_2_weight, linear_2_bias: [D, D'] and [D] or None, of its second layer.
+        kernel_size, stride, output_size, temperature: as in :func:`weighted_pool3d`.
+        logit_scale, cu_frames: as in :func:`prompt_relevance`.
+        return_relevance: return relevance, too.
+        backend: as in :func:`prompt_relevance`; None takes "triton" before "cuda" here.
+
+    All weights have the dtype of features, in which the matrix products are; under `torch.autocast` features and
+    weights are cast to its dtype. Scores, softmax and sums over patches are float32 (float64 for float64).
+
+    Returns:
+        pooled: [B, To, Ho, Wo, D] in the dtype of features, with cu_frames as in :func:`weighted_pool3d`; or
+        (pooled, relevance) with relevance as in :func:`prompt_relevance`. Both carry gradients to all tensors.
+
+    Raises:
+        ValueError, TypeError: for input outside of the above; the message says what to do.
+    """
+    guide = dict(norm_weight=norm_weight, norm_bias=norm_bias, guide_weight=guide_weight)
+    layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
+    layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
+    window = make_window(kernel_size, stride, output_size)
+    check_tensors(cu_frames, **_given(features=features, text_embeds=text_embeds, **guide, **layers))
+    features, guide, layers = _autocast(features, guide, layers)
+    check_channels_last("features", features, cu_frames, "V")
+    check_projector(features, **guide, **layers)
+    check_text(text_embeds, features, guide_weight, cu_frames)
+    check_window(features, window, cu_frames)
+    temperature, norm_eps = check_temperature(temperature), check_norm_eps(norm_eps)
+    scale, scale_tensor = split_logit_scale(logit_scale, features, "features")
+    backend = check_backend(backend, features, PROJECTOR)
+    norm = guide["norm_weight"], guide["norm_bias"], norm_eps, guide["guide_weight"]
+    if backend == "reference":
+        scale = scale if scale_tensor is None else scale_tensor
+        pooled, relevance = reference.prompt_guided_project(
+            features, text_embeds, scale, *norm, *layers.values(), window, temperature, cu_frames
+        )
+    else:
+        relevance = library.ops.guide_relevance(features, text_embeds, scale_tensor, scale, *norm, cu_frames, backend)
+        pooled = _project(features, relevance, layers, window, temperature, cu_frames, backend)
+    return (pooled, relevance) if return_relevance else pooled
+
+
+def weighted_project(
+    features: Tensor,  # [B, T, H, W, V] or [F, H, W, V]
+    weights: Tensor | None,  # [B, T, H, W] or [F, H, W]
+    *,
+    linear_1_weight: Tensor,  # [D', V]
+    linear_1_bias: Tensor | None,  # [D']
+    linear_2_weight: Tensor,  # [D, D']
+    linear_2_bias: Tensor | None,  # [D]
+    kernel_size: Size | None = None,
+    stride: Size | None = None,
+    output_size: Size | None = None,
+    temperature: float = 0.01,
+    cu_frames: Tensor | None = None,  # [B+1]
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`prompt_guided_project` for scores of another guide, or without any: projector and pooling.
+
+    Args:
+        features, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias: as in :func:`prompt_guided_project`.
+        weights, kernel_size, stride, output_size, temperature, cu_frames: as in :func:`weighted_pool3d`.
+        backend: as in :func:`prompt_guided_project`.
+
+    Returns:
+        pooled, as in :func:`prompt_guided_project`.
+
+    Raises:
+        ValueError, TypeError: for input outside of the above; the message says what to do.
+    """
+    layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
+    layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
+    window = make_window(kernel_size, stride, output_size)
+    check_tensors(cu_frames, **_given(features=features, weights=weights, **layers))
+    features, _, layers = _autocast(features, {}, layers)
+    check_channels_last("features", features, cu_frames, "V")
+    check_projector(features, **layers)
+    if weights is not None:
+        check_grid("weights", weights.shape, features, cu_frames, match="features")
+    check_window(features, window, cu_frames)
+    temperature = check_temperature(temperature)
+    backend = check_backend(backend, features, PROJECTOR)
+    if backend == "reference":
+        return reference.weighted_project(features, weights, *layers.values(), window, temperature, cu_frames)
+    return _project(features, weights, layers, window, temperature, cu_frames, backend)
+
+
+def _project(features, weights, layers, window, temperature, cu_frames, backend) -> Tensor:
+    weight_1, bias_1, weight_2, bias_2 = layers.values()
+    # [B, To, Ho, Wo, D']
+    hidden = library.ops.hidden_pool3d(features, weights, weight_1, bias_1, *window, temperature, cu_frames, backend)
+    return F.linear(hidden, weight_2, bias_2)
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: x for name, x in tensors.items() if x is not None}
+
+
+def _autocast(features: Tensor, *weights: dict[str, Tensor | None]) -> tuple:
+    """features and weights in the dtype that autocast, where it is on, gives to matrix products."""
+    device = features.device.type
+    if not torch.is_autocast_enabled(device) or features.dtype == torch.float64:
+        return features, *weights
+    dtype = torch.get_autocast_dtype(device)
+    cast = [{name: x if x is None else x.to(dtype) for name, x in some.items()} for some in weights]
+    return features.to(dtype), *cast

@@ -172,6 +172,93 @@ def prompt_guided_pool3d_fake(
     return pooled, image_embeds.new_empty(image_embeds.shape[:-1], dtype=_accumulator(image_embeds))
 
 
+_GUIDE = "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor guide_weight"
+_LINEAR = "Tensor linear_1_weight, Tensor? linear_1_bias"
+_PROJECTED = f"Tensor features, Tensor text_embeds, Tensor? scale_tensor, float scale, {_GUIDE}, {_WHERE}"
+
+
+@_register(f"guide_relevance({_PROJECTED}) -> Tensor")
+def guide_relevance(features, *arguments):
+    return BACKENDS[arguments[-1]].guide_relevance(features, *arguments[:-1])
+
+
+@_fake
+def guide_relevance_fake(features, *arguments):
+    return features.new_empty(features.shape[:-1], dtype=_accumulator(features))
+
+
+@_register(
+    f"guide_relevance_backward(Tensor grad, Tensor relevance, {_PROJECTED}, bool need_features, bool need_norm, "
+    "bool need_guide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def guide_relevance_backward(grad, relevance, features, *arguments):
+    *arguments, backend, need_features, need_norm, need_guide = arguments
+    return BACKENDS[backend].guide_relevance_backward(
+        features, grad, relevance, *arguments, need_features, need_norm, need_guide
+    )
+
+
+@_fake
+def guide_relevance_backward_fake(
+    grad, relevance, features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps, guide_weight,
+    cu_frames, backend, need_features, need_norm, need_guide,
+):  # fmt: skip
+    return (
+        features.new_empty(features.shape if need_features else 0),
+        text_embeds.new_empty(text_embeds.shape),
+        grad.new_empty((), dtype=_accumulator(features)),
+        *(features.new_empty(0 if x is None or not need_norm else x.shape) for x in (norm_weight, norm_bias)),
+        guide_weight.new_empty(guide_weight.shape if need_guide else 0),
+    )
+
+
+@_register(f"hidden_pool3d(Tensor features, Tensor? weights, {_LINEAR}, {_WINDOW}, {_WHERE}) -> Tensor")
+def hidden_pool3d(
+    features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames, backend
+):
+    window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
+    return BACKENDS[backend].hidden_pool3d(
+        features, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames
+    )
+
+
+@_fake
+def hidden_pool3d_fake(
+    features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames, backend
+):
+    pooled = _fake_pooled(features, kernel_size, stride, output_size, cu_frames)
+    return pooled.new_empty([*pooled.shape[:-1], linear_1_weight.shape[0]])
+
+
+@_register(
+    f"hidden_pool3d_backward(Tensor grad, Tensor features, Tensor? weights, {_LINEAR}, {_WINDOW}, {_WHERE}, "
+    "bool need_features, bool need_weights, bool need_linear) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def hidden_pool3d_backward(
+    grad, features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames,
+    backend, need_features, need_weights, need_linear,
+):  # fmt: skip
+    window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
+    return BACKENDS[backend].hidden_pool3d_backward(
+        features, grad, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames, need_features,
+        need_weights, need_linear,
+    )  # fmt: skip
+
+
+@_fake
+def hidden_pool3d_backward_fake(
+    grad, features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames,
+    backend, need_features, need_weights, need_linear,
+):  # fmt: skip
+    bias = linear_1_bias
+    return (
+        features.new_empty(features.shape if need_features else 0),
+        weights.new_empty(weights.shape) if need_weights else features.new_empty(0),
+        linear_1_weight.new_empty(linear_1_weight.shape if need_linear else 0),
+        features.new_empty(0) if bias is None or not need_linear else bias.new_empty(bias.shape),
+    )
+
+
 def _save_relevance(ctx, inputs, output):
     image_embeds, text_embeds, scale_tensor, *ctx.arguments = inputs
     scale, cu_frames, backend = ctx.arguments
@@ -220,6 +307,39 @@ def _guided_backward(ctx, grad_pooled, grad_relevance):
     return *_where_needed((need_values, *need_embeds), (grad_values, *grads)), *(None,) * 7
 
 
+def _save_guide(ctx, inputs, output):
+    features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias, ctx.norm_eps, *rest = inputs
+    guide_weight, cu_frames, ctx.backend = rest
+    ctx.save_for_backward(output, features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames)
+
+
+def _guide_backward(ctx, grad):
+    relevance, features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    need_features, need_norm, need_guide = need[0], need[4] or need[5], need[7]
+    features, text, scale, weight, bias, guide = ops.guide_relevance_backward(
+        grad, relevance, features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias, ctx.norm_eps,
+        guide_weight, cu_frames, ctx.backend, need_features, need_norm, need_guide,
+    )  # fmt: skip
+    grads = (features, text, scale, None, weight, bias, None, guide)
+    return *_where_needed(need[:8], grads), None, None
+
+
+def _save_hidden(ctx, inputs, output):
+    features, weights, linear_1_weight, linear_1_bias, *ctx.window, cu_frames, ctx.backend = inputs
+    ctx.save_for_backward(features, weights, linear_1_weight, linear_1_bias, cu_frames)
+
+
+def _hidden_backward(ctx, grad):
+    features, weights, linear_1_weight, linear_1_bias, cu_frames = ctx.saved_tensors
+    need = ctx.needs_input_grad[:4]
+    grads = ops.hidden_pool3d_backward(
+        grad, features, weights, linear_1_weight, linear_1_bias, *ctx.window, cu_frames, ctx.backend, *need[:2],
+        any(need[2:]),
+    )  # fmt: skip
+    return *_where_needed(need, grads), None, None, None, None, None, None
+
+
 def _where_needed(need, grads):
     return tuple(grad if needed else None for needed, grad in zip(need, grads))
 
@@ -237,5 +357,9 @@ def _save_backend(ctx, inputs, output):
 _register_autograd(prompt_relevance, _save_relevance, _relevance_backward)
 _register_autograd(weighted_pool3d, _save_pool, _pool_backward)
 _register_autograd(prompt_guided_pool3d, _save_guided, _guided_backward)
+_register_autograd(guide_relevance, _save_guide, _guide_backward)
+_register_autograd(hidden_pool3d, _save_hidden, _hidden_backward)
 _register_autograd(prompt_relevance_backward, _save_backend, _no_double_backward)
 _register_autograd(weighted_pool3d_backward, _save_backend, _no_double_backward)
+_register_autograd(guide_relevance_backward, _save_backend, _no_double_backward)
+_register_autograd(hidden_pool3d_backward, _save_backend, _no_double_backward)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import products
 from .plan import clip_counts, make_plan
 
 try:
@@ -76,6 +78,53 @@ def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_fram
 def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames):
     relevance = prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames)
     return weighted_pool3d(values, relevance, window, temperature, cu_frames), relevance
+
+
+def guide_relevance(*arguments):
+    return products.guide_relevance(_KERNELS, *arguments)
+
+
+def guide_relevance_backward(*arguments):
+    return products.guide_relevance_backward(_KERNELS, *arguments)
+
+
+def hidden_pool3d(*arguments):
+    return products.hidden_pool3d(_KERNELS, *arguments)
+
+
+def hidden_pool3d_backward(*arguments):
+    return products.hidden_pool3d_backward(_KERNELS, *arguments)
+
+
+# What backends/products.py asks of a backend.
+
+
+def score_rows(cosines, norms, embeds, text):
+    _C.score_rows(cosines, norms, embeds, text)
+
+
+def window_shares(features, weights, temperature, plan):
+    shares = features.new_empty(plan.slots, dtype=_accumulator(features))
+    weights = None if weights is None else _cast(weights, shares.dtype)
+    _C.window_shares(shares, weights, features, temperature, *plan.arguments)
+    return shares
+
+
+def window_shares_backward(weights, shares, dots, features, temperature, plan):
+    grad_weights = weights.new_empty(*weights.shape, dtype=shares.dtype)
+    _C.window_shares_backward(grad_weights, shares, dots, features, temperature, *plan.arguments)
+    return _cast(grad_weights, weights.dtype)
+
+
+def pool_hidden(sums, hidden, bias, shares, first, channel, features, plan):
+    _C.pool_hidden(sums, hidden, bias, shares, first, channel, features, *plan.arguments)
+
+
+def pool_hidden_backward(hidden, bias, shares, dots, grad, first, channel, features, plan):
+    _C.pool_hidden_backward(hidden, bias, shares, dots, grad, first, channel, features, *plan.arguments)
+
+
+_KERNELS = sys.modules[__name__]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..shapes import Window, frame_counts, largest_window, output_shape, ragged_outputs
@@ -49,6 +50,25 @@ def weighted_pool3d(
 def prompt_guided_pool3d(values, image_embeds, text_embeds, logit_scale, window, temperature, cu_frames):
     relevance = prompt_relevance(image_embeds, text_embeds, logit_scale, cu_frames)
     return weighted_pool3d(values, relevance, window, temperature, cu_frames), relevance
+
+
+def prompt_guided_project(
+    features, text_embeds, logit_scale, norm_weight, norm_bias, norm_eps, guide_weight, linear_1_weight, linear_1_bias,
+    linear_2_weight, linear_2_bias, window, temperature, cu_frames,
+):  # fmt: skip
+    normed = F.layer_norm(features, features.shape[-1:], norm_weight, norm_bias, norm_eps)  # [B, T, H, W, V]
+    relevance = prompt_relevance(F.linear(normed, guide_weight), text_embeds, logit_scale, cu_frames)
+    layers = linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
+    return weighted_project(features, relevance, *layers, window, temperature, cu_frames), relevance
+
+
+def weighted_project(
+    features, weights, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias, window, temperature, cu_frames
+):
+    """In the original's order; the matrix products round to the dtype of features, as those of every library do."""
+    hidden = F.gelu(F.linear(features, linear_1_weight, linear_1_bias))  # [B, T, H, W, D]
+    values = F.linear(hidden, linear_2_weight, linear_2_bias)
+    return weighted_pool3d(values, weights, window, temperature, cu_frames)
 
 
 def _unit(x: Tensor) -> Tensor:
