@@ -140,6 +140,7 @@ class BuildKernels(BuildExtension):
         if sum(process.wait() != 0 for process in nvccs):
             missing = "nvcc failed when it was installed"
         if missing is None:
+            extension.sources.append("csrc/bindings_cuda.cpp")
             extension.extra_objects += [process.args[process.args.index("-o") + 1] for process in nvccs]
         else:
             sys.stderr.write(f"warning: the CUDA kernels are left out: {missing}\n")

@@ -46,7 +46,7 @@ def original_window(size: Triple, kernel_size: Triple | None, output_size: Tripl
     return stride, stride
 
 
-def _original_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+def original_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     image = image_embeds.flatten(1, 3)  # [B, T*H*W, C]
     image = image / image.norm(p=2, dim=-1, keepdim=True)
     text = text_embeds / text_embeds.norm(p=2, dim=-1, keepdim=True)  # [B, C]
@@ -54,7 +54,7 @@ def _original_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     return (cosine * LOGIT_SCALE).softmax(-1).view(image_embeds.shape[:-1])  # [B, T, H, W]
 
 
-def _original_pool(values: Tensor, weights: Tensor, window: dict[str, Triple]) -> Tensor:
+def original_pool(values: Tensor, weights: Tensor, window: dict[str, Triple]) -> Tensor:
     size = tuple(values.shape[1:4])
     kernel_size, stride = original_window(size, window.get("kernel_size"), window.get("output_size"))
     # The original carries its weights in the dtype of the model.
@@ -64,10 +64,10 @@ def _original_pool(values: Tensor, weights: Tensor, window: dict[str, Triple]) -
 
 def _original(op: str, window: dict[str, Triple]) -> Peer:
     return {
-        "prompt_relevance": _original_relevance,
-        "weighted_pool3d": lambda values, weights: _original_pool(values, weights, window),
-        "prompt_guided_pool3d": lambda values, image, text: _original_pool(
-            values, _original_relevance(image, text), window
+        "prompt_relevance": original_relevance,
+        "weighted_pool3d": lambda values, weights: original_pool(values, weights, window),
+        "prompt_guided_pool3d": lambda values, image, text: original_pool(
+            values, original_relevance(image, text), window
         ),
     }[op]
 

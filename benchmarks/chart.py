@@ -1,4 +1,4 @@
-"""Charts of kernels.json, a roofline of every variant, and of throughput.json, both models over frames."""
+"""Charts of kernels.json, a roofline of every variant, of projector.json, and of throughput.json, over frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
-from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEER, PEER_TUNED, PEERS, PPLLAVA
+from .report import (
+    COMPILED_ORIGINAL,
+    COMPILED_REFERENCE,
+    COMPILED_REORDERED,
+    ORIGINAL,
+    PEER,
+    PEER_TUNED,
+    PEERS,
+    PPLLAVA,
+    PROJECTOR_PEERS,
+    REORDERED,
+)
 from .shapes import DIRECTIONS
 
 COLOURS = {
@@ -21,6 +32,8 @@ COLOURS = {
     "reference": "#92c5de",
     COMPILED_ORIGINAL: "#878787",
     ORIGINAL: "#bababa",
+    COMPILED_REORDERED: "#d6604d",
+    REORDERED: "#f4a582",
 }
 VIDEO_COLOURS = {PPLLAVA: "#1b7837", PEER: "#878787", PEER_TUNED: "#4393c3"}
 
@@ -134,8 +147,53 @@ def _points(axis, rows: Sequence[dict], variants: Sequence[str], markers: dict, 
             axis.text(x, 0.01, names, transform=axis.get_xaxis_transform(), ha="center", fontsize=8, color="0.4")
 
 
+def draw_projector(path: Path) -> str:
+    """As `draw_roofline`: for each case a bar of each variant, its time over that of its matrix products alone."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return NO_MATPLOTLIB
+    results = report.read(path, "projector")
+    rows = [row for row in results["rows"] if row["status"] != "ok" or row["products_percent"]]
+    if not any(row["status"] == "ok" for row in rows):
+        return "left out the chart, there are no rows with times"
+    cases = list(dict.fromkeys((row["shape"], row["dtype"], row["direction"]) for row in rows))
+    variants = sorted({row["variant"] for row in rows}, key=[*COLOURS].index)
+    bar = 0.86 / len(variants)
+    size = 3 + len(cases) * (0.6 + 0.28 * len(variants)), 4.6
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
+    for row in rows:
+        place = cases.index((row["shape"], row["dtype"], row["direction"]))
+        x = place + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * bar
+        if row["status"] != "ok":
+            text = row["reason"] if row["reason"] == "out of memory" else row["status"]
+            axis.text(x, 0, f" {text}", rotation=90, ha="center", va="bottom", fontsize=8, color="firebrick")
+            continue
+        height = 100 / row["products_percent"]
+        axis.bar(x, height, 0.92 * bar, color=COLOURS[row["variant"]])
+        axis.text(x, height, f"{height:.2f}", ha="center", va="bottom", fontsize=8)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_title(
+        "time over that of the matrix products that nobody avoids (shorter is better)", loc="left", fontsize=10
+    )
+    axis.set_xticks(
+        range(len(cases)), [f"{shape}\n{dtype}, {direction}" for shape, dtype, direction in cases], fontsize=8
+    )
+    axis.set_xlim(-0.55, len(cases) - 0.45)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="x", length=0)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in variants]
+    names = [_label(name) for name in variants]
+    figure.legend(handles, names, ncols=min(len(names), 4), loc="outside upper left", frameon=False, fontsize=9)
+    figure.supxlabel(
+        "both: forward and the gradients of features, text and all weights, in one call.\n"
+        f"{report.machine_line(results['machine'])}",
+        fontsize=8,
+    )
+    return _save(pyplot, figure, path)
+
+
 def _label(variant: str) -> str:
-    return variant if variant in PEERS else f"ppllava_kernels, {variant}"
+    return variant if variant in (*PEERS, *PROJECTOR_PEERS) else f"ppllava_kernels, {variant}"
 
 
 def draw_throughput(path: Path) -> str:
@@ -210,5 +268,5 @@ def _save(pyplot, figure, path: Path) -> str:
 
 
 if __name__ == "__main__":
-    draw = draw_throughput if Path(sys.argv[1]).stem == "throughput" else draw_roofline
-    print(draw(Path(sys.argv[1])))
+    draw = {"throughput": draw_throughput, "projector": draw_projector}
+    print(draw.get(Path(sys.argv[1]).stem, draw_roofline)(Path(sys.argv[1])))

@@ -67,7 +67,8 @@ def steps(out: Path | None) -> tuple[Step, ...]:
         Step("tests", (*tests, *workers), 150, 20, pytest),
         Step("memcheck", (*sanitizer, "--tool", "memcheck", *tests, *small), **sanitize),
         Step("racecheck", (*sanitizer, "--tool", "racecheck", *tests, *small), **sanitize),
-        Step("kernels", (python, "-m", "benchmarks.kernels", "--budget", "0.5", *measure), 320, 70),
+        Step("kernels", (python, "-m", "benchmarks.kernels", "--budget", "0.5", *measure), 270, 70),
+        Step("projector", (python, "-m", "benchmarks.projector", "--budget", "0.5", *measure), 150, 70),
         Step("throughput", (python, "-m", "benchmarks.throughput", *measure), 200, 90, _without("transformers", "av")),
         Step("tables", (python, "-m", "benchmarks.table"), 15, always=True),
     )

@@ -16,8 +16,8 @@ import torch
 from ppllava_kernels.backends import BACKENDS
 
 from . import baselines, timing
-from .report import PEERS, Row
-from .runner import TIMING, Case, Runner
+from .report import PEERS, Measured
+from .runner import TIMING, Case, Runner, Work
 from .shapes import DIRECTIONS
 
 Enough = Callable[[Case], bool]
@@ -29,42 +29,46 @@ class Settings:
     device: str
     budget_s: float
     backends: Sequence[str] | None = None
+    work: type[Work] = Work
+
+    def runner(self, *announce: Callable[[str, str], None]) -> Runner:
+        return Runner(self.device, self.budget_s, self.backends, *announce, work=self.work)
 
 
-def local_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> Iterator[list[Row]]:
-    runner = Runner(settings.device, settings.budget_s, settings.backends)
+def local_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> Iterator[list[Measured]]:
+    runner = settings.runner()
     for case in cases:
         if enough(case):
-            return
+            continue
         yield from runner.rows(case)
 
 
-def isolated_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> Iterator[list[Row]]:
+def isolated_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> Iterator[list[Measured]]:
     """The rows of each case and direction. A crashed process is replaced by one that leaves out what crashed it."""
     worker = None
     try:
         for case in cases:
             if enough(case):
-                return
+                continue
             crashed: Known = {}
             done: list[str] = []
-            while len(done) < len(DIRECTIONS):
+            while len(done) < len(case.directions):
                 worker = worker or Worker(settings)
                 try:
                     for direction, rows in worker.rows(case, crashed, done):
                         done.append(direction)
                         yield rows
                 except EOFError:
-                    blame(*worker.about, worker.end(), crashed)
+                    blame(*worker.about, worker.end(), crashed, settings.work.peers)
                     worker = None
     finally:
         if worker is not None:
             worker.end()
 
 
-def blame(direction: str, name: str, how: str, crashed: Known) -> None:
+def blame(direction: str, name: str, how: str, crashed: Known, peers: Sequence[str] = PEERS) -> None:
     """Leave out the variant that ran. Memory spoilt earlier shows late: then the compiled ones, at last the case."""
-    compiled, everything = PEERS[1:], (*BACKENDS, *PEERS)
+    compiled, everything = [p for p in peers if p.startswith("compile")], (*BACKENDS, *peers)
     if name != TIMING and (direction, name) not in crashed:
         crashed[direction, name] = f"crashed its process ({how})"
         return
@@ -87,8 +91,8 @@ class Worker:
         theirs.close()
         self.about, self.error = (DIRECTIONS[0], TIMING), None
 
-    def rows(self, case: Case, crashed: Known, done: list[str]) -> Iterator[tuple[str, list[Row]]]:
-        self.about = (next(d for d in DIRECTIONS if d not in done), TIMING)
+    def rows(self, case: Case, crashed: Known, done: list[str]) -> Iterator[tuple[str, list[Measured]]]:
+        self.about = (next(d for d in case.directions if d not in done), TIMING)
         try:
             self.pipe.send((case, crashed, done))
         except BrokenPipeError as error:
@@ -119,7 +123,7 @@ class Worker:
 
 
 def work(pipe: Connection, settings: Settings) -> None:
-    runner = Runner(settings.device, settings.budget_s, settings.backends, lambda *about: pipe.send(("about", about)))
+    runner = settings.runner(lambda *about: pipe.send(("about", about)))
     warm_up_compiler(settings.device)
     while True:
         try:

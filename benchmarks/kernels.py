@@ -24,7 +24,7 @@ from ppllava_kernels.backends import BACKENDS
 from . import chart, gate, report, timing
 from .isolation import Settings, isolated_rows, local_rows
 from .machine import machine_info, results_folder
-from .report import Row
+from .report import Measured, Row
 from .runner import Case
 from .shapes import CPU_SHAPES, DTYPES, FULL_SHAPES, OPS, SHAPES
 
@@ -78,26 +78,34 @@ def fresh_compile_cache() -> Iterator[None]:
 def run(
     cases: Sequence[Case],
     settings: Settings,
-    save: Callable[[list[Row]], object],
+    save: Callable[[list[Measured]], object],
     isolated: bool = True,
     time_limit: float | None = None,
-) -> list[Row]:
-    """Rows of the cases, saved as they come."""
-    rows: list[Row] = []
-    start = time.monotonic()
+    cost: Callable[[Case], float] = lambda case: 0.0,
+) -> list[Measured]:
+    """Rows of the cases, saved as they come. Nothing is started that by its cost would end after the time limit."""
+    rows: list[Measured] = []
+    start, done = time.monotonic(), 0.0
     with report.progress() as progress:
         task = progress.add_task("", total=len(cases))
 
         def enough(case: Case) -> bool:
             progress.update(task, description=str(case))
-            return time.monotonic() - start > (time_limit or float("inf"))
+            nonlocal done
+            passed = time.monotonic() - start
+            expected = passed * cost(case) / done if done else 0.0
+            late = passed + expected > (time_limit or float("inf"))
+            done += 0 if late else cost(case)
+            return late
 
         for some in (isolated_rows if isolated else local_rows)(cases, settings, enough):
             for row in some:
                 progress.console.print(row.line(), highlight=False, soft_wrap=True)
             rows += some
             save(rows)
-            progress.update(task, completed=len({row.case[:-1] for row in rows}))
+            ran = {row.case for row in rows}
+            finished = sum(all((c.op, c.shape.name, c.dtype, d) in ran for d in c.directions) for c in cases)
+            progress.update(task, completed=finished)
     return rows
 
 

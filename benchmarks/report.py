@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE = "original", "compile(original)", "compile(reference)"
 PEERS = (ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE)
+REORDERED, COMPILED_REORDERED = "reordered", "compile(reordered)"
+PROJECTOR_PEERS = (ORIGINAL, COMPILED_ORIGINAL, REORDERED, COMPILED_REORDERED)
 PPLLAVA, PEER, PEER_TUNED = "PPLLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT-Video, our settings"
 VIDEO_PEERS = (PEER, PEER_TUNED)
 
@@ -38,8 +40,8 @@ class Outcome:
         return {k: repr(v) if v == float("inf") else _short(v) for k, v in asdict(self).items()}
 
 
-@dataclass
-class Row(Outcome):
+@dataclass(kw_only=True)
+class Measured(Outcome):
     """One variant of one op on one shape in one dtype and direction. Without times unless status is "ok"."""
 
     op: str
@@ -47,7 +49,6 @@ class Row(Outcome):
     dtype: str
     direction: str
     variant: str  # a backend or a peer
-    bytes: int
     flops: int
     default: bool = False  # the backend that backend=None takes
     status: str = "ok"  # or "wrong", "failed"
@@ -56,9 +57,6 @@ class Row(Outcome):
     us_p50: float | None = None
     us_p80: float | None = None
     samples: int = 0
-    gb_s: float | None = None
-    copy_percent: float | None = None
-    read_percent: float | None = None  # of `sum()` over the inputs, on a CPU
     ratios: dict[str, float] = field(default_factory=dict)  # peer -> its time over this time
     first_call_s: float | None = None
     extra_bytes: int | None = None
@@ -71,26 +69,74 @@ class Row(Outcome):
         return self.op, self.shape, self.dtype, self.direction
 
     def set_timing(self, timing: Timing, rates: dict[str, float]) -> None:
-        """`rates`: bytes per second of "copy" and "read", where these were timed."""
+        """`rates`: amount per second of the ceilings that were timed, by their name."""
         self.us_p20, self.us_p50, self.us_p80 = (1e6 * t for t in (timing.p20, timing.p50, timing.p80))
         self.samples = timing.samples
-        rate = self.bytes / timing.p50
-        self.gb_s = rate / 1e9
-        self.copy_percent = 100 * rate / rates["copy"] if "copy" in rates else None
-        self.read_percent = 100 * rate / rates["read"] if "read" in rates else None
+        self.set_rates(timing.p50, rates)
+
+    def set_rates(self, seconds: float, rates: dict[str, float]) -> None: ...
+
+    def rate(self) -> str:
+        """For people: against the ceiling of its kind."""
+        return ""
 
     def line(self) -> str:
         head = f"{self.op} {self.shape} {self.dtype} {self.direction} {self.variant}:"
         if self.status != "ok":
             return f"{head} {self.status}, {self.reason}"
-        return f"{head} {self.us_p50:,.1f} us, {show(self.copy_percent)} % of a copy"
+        return f"{head} {self.us_p50:,.1f} us, {self.rate()}"
 
 
-def set_ratios(rows: Iterable[Row]) -> None:
+@dataclass(kw_only=True)
+class Row(Measured):
+    """Of an op that is bound by memory."""
+
+    bytes: int
+    gb_s: float | None = None
+    copy_percent: float | None = None
+    read_percent: float | None = None  # of `sum()` over the inputs, on a CPU
+
+    def set_rates(self, seconds: float, rates: dict[str, float]) -> None:
+        """`rates`: bytes per second of "copy" and "read"."""
+        rate = self.bytes / seconds
+        self.gb_s = rate / 1e9
+        self.copy_percent = 100 * rate / rates["copy"] if "copy" in rates else None
+        self.read_percent = 100 * rate / rates["read"] if "read" in rates else None
+
+    def rate(self) -> str:
+        return f"{show(self.copy_percent)} % of a copy"
+
+
+@dataclass(kw_only=True)
+class ProjectorRow(Measured):
+    """Of the projector, which is bound by its matrix products; `flops` are those that nobody avoids."""
+
+    original_flops: int
+    tflop_s: float | None = None  # of `flops`: what a variant does beyond them is lost
+    products_percent: float | None = None  # time of these products alone over its time
+    memory_percent: float | None = None  # extra_bytes over those of the original
+
+    def set_rates(self, seconds: float, rates: dict[str, float]) -> None:
+        """`rates`: "products" per second, all of them once being one."""
+        self.tflop_s = self.flops / seconds / 1e12
+        self.products_percent = 100 / seconds / rates["products"] if "products" in rates else None
+
+    def rate(self) -> str:
+        return f"{show(self.products_percent)} % of its products"
+
+
+def set_ratios(rows: Iterable[Measured], peers: Sequence[str] = PEERS) -> None:
     """Ratios among the rows of one case."""
     timed = {row.variant: row for row in rows if row.status == "ok"}
     for row in timed.values():
-        row.ratios = {peer: timed[peer].us_p50 / row.us_p50 for peer in PEERS if peer in timed}
+        row.ratios = {peer: timed[peer].us_p50 / row.us_p50 for peer in peers if peer in timed}
+
+
+def set_memory(rows: Iterable[ProjectorRow]) -> None:
+    """Against the original, among the rows of one case."""
+    known = {row.variant: row for row in rows if row.extra_bytes is not None}
+    for row in known.values() if ORIGINAL in known else ():
+        row.memory_percent = 100 * row.extra_bytes / known[ORIGINAL].extra_bytes
 
 
 Spread = dict[str, float]  # p20, p50, p80
@@ -257,6 +303,35 @@ def kernels_table(rows: Sequence[Row], machine: dict) -> Table:
         if row.status != "ok":
             numbers = [f"[red]{row.status}[/red]", *["-"] * (len(numbers) - 1)]
         table.add_row(*row.case, name, *numbers, error, end_section=following is None or following.case != row.case)
+    return table
+
+
+def projector_table(rows: Sequence[ProjectorRow], machine: dict) -> Table:
+    from rich.table import Table
+
+    cuda = machine["type"] == "cuda"
+    table = Table(title=machine_line(machine), title_justify="left")
+    for name in ("shape", "dtype", "direction", "variant"):
+        table.add_column(name, no_wrap=True)
+    names = ("ms, p20-p80", "GFLOP, original's, x", "% products", *(f"x {p}" for p in PROJECTOR_PEERS))
+    for name in (*names, "extra MB, % original's", "first s", *(["host us"] if cuda else []), "error"):
+        table.add_column(name, justify="right")
+    for row, following in zip(rows, [*rows[1:], None]):
+        name = f"[bold]{row.variant}[/bold]" if row.default else row.variant
+        time = f"[red]{row.status}[/red]"
+        if row.status == "ok":
+            time = "{}, {}-{}".format(*(show(us / 1e3) for us in (row.us_p50, row.us_p20, row.us_p80)))
+        counts = (row.flops / 1e9, row.original_flops / 1e9, row.original_flops / row.flops)
+        numbers = [
+            show(row.products_percent),
+            *(show(row.ratios.get(peer)) for peer in PROJECTOR_PEERS),
+            "-" if row.extra_bytes is None else f"{show(row.extra_bytes / 1e6)}, {show(row.memory_percent)}",
+            show(row.first_call_s),
+            *([show(row.host_us)] if cuda else []),
+            "-" if row.error is None else f"{row.error:.0e}",
+        ]
+        last = following is None or following.case != row.case
+        table.add_row(*row.case[1:], name, time, ", ".join(map(show, counts)), *numbers, end_section=last)
     return table
 
 

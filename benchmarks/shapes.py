@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,3 +190,113 @@ def flops(op: str, shape: Shape, direction: str) -> int:
         return shape.tokens * shape.guide_channels * {"forward": 4, "backward": 5}[direction]
     # forward: share * v summed; backward: share * grad, and v.grad
     return shape.window_tokens * shape.channels * {"forward": 2, "backward": 3}[direction]
+
+
+# ---- the projector
+
+PROJECT = "prompt_guided_project"
+BOTH = "both"  # forward and all gradients in one timed call
+# For each tensor its axes: V of features, C of the guide, M of its MLP, H between the layers, D of the tokens.
+CLIP_GUIDE = {"norm_weight": "V", "norm_bias": "V", "guide_weight": "CV"}
+SIGLIP_GUIDE = {
+    **{"norm_weight": "V", "norm_bias": "V", "value_weight": "CV", "value_bias": "C"},
+    **{"mlp_norm_weight": "C", "mlp_norm_bias": "C"},
+    **{"fc1_weight": "MC", "fc1_bias": "M", "fc2_weight": "CM", "fc2_bias": "C"},
+}
+LAYERS = {"linear_1_weight": "HV", "linear_1_bias": "H", "linear_2_weight": "DH", "linear_2_bias": "D"}
+
+
+class Product(NamedTuple):
+    """[rows, inner] by the transpose of the weight [outer, inner]."""
+
+    rows: int
+    weight: str
+    inner: int
+    outer: int
+    again: bool  # in the backward, of an op that does not keep the result
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.outer
+
+    def times(self, direction: str) -> int:
+        """The gradient of each factor is a product, too."""
+        return 1 if direction == "forward" else 3 + self.again
+
+
+@dataclass(frozen=True)
+class ProjectorShape(Shape):
+    """From the features of a vision tower: guide_channels is C, channels is D."""
+
+    feature_channels: int = 0  # V
+    hidden_channels: int = 0  # D', between the layers of the projector
+    mlp_channels: int = 0  # M, of SigLIP's guide, e = v + MLP(LN'(v)); 0: CLIP's, e = P LN(x)
+
+    @property
+    def guide(self) -> dict[str, str]:
+        return SIGLIP_GUIDE if self.mlp_channels else CLIP_GUIDE
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """Of all tensors, in the order of their gradients; of features [B, T, H, W, V] and text_embeds the last."""
+        return {"features": "V", "text_embeds": "C", **self.guide, **LAYERS}
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        sizes = (self.feature_channels, self.guide_channels, self.mlp_channels, self.hidden_channels, self.channels)
+        return dict(zip("VCMHD", sizes))
+
+    def products(self, original: bool = False) -> list[Product]:
+        """The matrix products that no implementation avoids; the original has the last one on all patches."""
+        fused = not self.mlp_channels  # else the guide is the library's, which keeps what it computed
+        lead = [(self.tokens, name) for name, axes in self.guide.items() if len(axes) == 2]
+        lead += [(self.tokens, "linear_1_weight"), (self.tokens if original else self.pooled_tokens, "linear_2_weight")]
+        again = {"linear_1_weight", *(("guide_weight",) if fused else ())}
+        sizes = self.axis_sizes
+        return [
+            Product(rows, name, *(sizes[axis] for axis in reversed(self.axes[name])), not original and name in again)
+            for rows, name in lead
+        ]
+
+    def project_flops(self, direction: str, original: bool = False) -> int:
+        """Of the products; those of norms, gelu and pooling are left out."""
+        return sum(product.flops * product.times(direction) for product in self.products(original))
+
+    def first_windows(self) -> ProjectorShape:
+        """The same with frames for one window only, of which original and reference agree or not."""
+        if self.kernel_size is not None:
+            return replace(self, frames=(self.kernel_size[0],))
+        kernel = tuple(n // o for n, o in zip((self.frames[0], self.height, self.width), self.output_size))
+        return replace(self, frames=(kernel[0],), kernel_size=kernel, output_size=None)
+
+
+# V, C, D, D', M of each family, and the windows of an hour of video
+FAMILIES = {
+    "vicuna7b": ("PPLLaVA-Vicuna-7B on CLIP", 24, (1024, 768, 4096, 4096, 0), (16, 8, 8)),
+    "qwen2_7b": ("PPLLaVA-Qwen2-7B on SigLIP", 27, (1152, 1152, 3584, 3584, 4304), (16, 9, 9)),
+}
+SHORT, LONG = (8, 32, 128), (256, 1024, 3600)
+
+
+def _projector(name: str, what: str, frames: int, side: int, sizes: tuple[int, ...], output_size: Triple | None = None):
+    v, c, d, hidden, mlp = sizes
+    window = (None, output_size) if output_size else ((2, 3, 3), None)
+    return ProjectorShape(name, what, (frames,), side, side, c, d, *window, v, hidden, mlp)
+
+
+PROJECTORS = {
+    shape.name: shape
+    for shape in (
+        *(
+            _projector(f"{name}_{frames}frames", f"{what}, {frames} frames", frames, side, sizes, window)
+            for name, (what, side, sizes, long) in FAMILIES.items()
+            for some, window in ((SHORT, None), (LONG, long))
+            for frames in some
+        ),
+        _projector("small_clip", "a quick run", 8, 12, (256, 192, 512, 768, 0)),
+        _projector("small_siglip", "a quick run", 8, 12, (256, 256, 512, 512, 640)),
+        _projector("tiny_clip", "for tests, with a leftover frame", 5, 6, (32, 24, 16, 40, 0)),
+        _projector("tiny_siglip", "for tests", 4, 6, (24, 24, 32, 40, 56)),
+        _projector("tiny_long", "for tests, into a fixed number of tokens", 8, 6, (32, 24, 16, 40, 0), (2, 2, 2)),
+    )
+}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import chart, report, shapes
-from .report import COMPILED_REFERENCE, ORIGINAL, PEER, PEERS, PPLLAVA, VIDEO_PEERS, show
+from .report import COMPILED_REFERENCE, ORIGINAL, PEER, PEERS, PPLLAVA, PROJECTOR_PEERS, VIDEO_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
@@ -67,6 +67,10 @@ def roofline_block(results: Path, folder: Path) -> str:
 
 def throughput_block(results: Path, folder: Path) -> str:
     return device_tables(results, folder, "throughput", throughput_device)
+
+
+def projector_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "projector", projector_device)
 
 
 def bytes_block(results: Path, folder: Path) -> str:
@@ -138,6 +142,32 @@ def roofline_device(result: dict) -> str:
     return _device(machine, _case_lines(ours, columns), note)
 
 
+def projector_device(result: dict) -> str:
+    """Every backend that was measured, on every shape."""
+    machine, rows = result["machine"], result["rows"]
+    cuda = machine["type"] == "cuda"
+    columns = {
+        "FLOPs, x fewer": lambda row: row["original_flops"] / row["flops"],
+        **({"ms": lambda row: row["us_p50"] / 1e3, "TFLOP/s": lambda row: row["tflop_s"]} if cuda else {}),
+        "% of its products": lambda row: row["products_percent"],
+        **{f"x {_code(peer)}": lambda row, peer=peer: row["ratios"].get(peer) for peer in PROJECTOR_PEERS},
+        "extra MB": lambda row: row["extra_bytes"] and row["extra_bytes"] / 1e6,
+        "% of the original's": lambda row: row["memory_percent"],
+        **({"host us": lambda row: row["host_us"]} if cuda else {}),
+    }
+    ours = [row for row in rows if row["variant"] not in PROJECTOR_PEERS]
+    note = [
+        "Forward / forward and all gradients in one call, every backend that was run; - was not measured. FLOPs: how "
+        "many times fewer than in the original's order. % of its products: the time of the matrix products that nobody "
+        "avoids, alone, over the time. x: how many times faster than the peer, below 1 is slower. Extra: the most that "
+        "PyTorch holds during the call beyond its inputs, the results included; the original's is that of its eager "
+        "PyTorch.",
+        *_warnings(result, {_case(row) for row in rows}),
+    ]
+    lines = _case_lines(ours, columns, ("shape", "dtype"), ("forward", shapes.BOTH))
+    return _device(machine, lines, note)
+
+
 def throughput_device(result: dict) -> str:
     machine, setup = result["machine"], result["protocol"]
     cuda = machine["type"] == "cuda"
@@ -200,14 +230,19 @@ def _warnings(result: dict, cases: set[tuple[str, ...]]) -> list[str]:
     return lines + [f"{trouble}: {', '.join(places)}." for trouble, places in troubles.items()]
 
 
-def _case_lines(rows: Sequence[dict], columns: dict[str, Callable[[dict], float | None]]) -> list[list[str]]:
-    """A line for each op, shape, dtype and backend; each of `columns` holds the numbers of both directions."""
+def _case_lines(
+    rows: Sequence[dict],
+    columns: dict[str, Callable[[dict], float | None]],
+    keys: Sequence[str] = ("op", "shape", "dtype"),
+    directions: Sequence[str] = shapes.DIRECTIONS,
+) -> list[list[str]]:
+    """A line for each case by `keys` and backend; each of `columns` holds the numbers of both directions."""
     cases: dict[tuple[str, ...], dict[str, dict]] = {}
     for row in rows:
-        case = f"`{row['op']}`", f"`{row['shape']}`", row["dtype"], row["variant"]
+        case = *(row[key] if key == "dtype" else f"`{row[key]}`" for key in keys), row["variant"]
         cases.setdefault(case, {})[row["direction"]] = row
-    head = ["op", "shape", "dtype", "backend"]
-    body = [[*case, *(_pair(both, number) for number in columns.values())] for case, both in cases.items()]
+    head = [*keys, "backend"]
+    body = [[*case, *(_pair(both, number, directions) for number in columns.values())] for case, both in cases.items()]
     return [[*head, *columns], ["---"] * len(head) + ["---:"] * len(columns), *body]
 
 
@@ -219,10 +254,10 @@ def _median(row: dict, key: str) -> float | None:
     return row[key] and row[key]["p50"]
 
 
-def _pair(both: dict[str, dict], number: Callable[[dict], float | None]) -> str:
-    """Forward and backward in one cell; a variant without times says why instead."""
+def _pair(both: dict[str, dict], number: Callable[[dict], float | None], directions: Sequence[str]) -> str:
+    """Both directions in one cell; a variant without times says why instead."""
     cells = []
-    for direction in ("forward", "backward"):
+    for direction in directions:
         row = both.get(direction)
         ok = row is not None and row["status"] == "ok"
         cells.append(show(number(row)) if ok else "-" if row is None else row["status"])
@@ -237,6 +272,7 @@ BLOCKS: dict[str, Callable[[Path, Path], str]] = {
     "kernels": kernels_block,
     "throughput": throughput_block,
     "roofline": roofline_block,
+    "projector": projector_block,
     "bytes": bytes_block,
 }
 

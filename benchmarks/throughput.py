@@ -153,7 +153,7 @@ class Benchmark:
             verdict = check_op(job)
             row.error, row.limit = verdict.error, verdict.limit
             if not verdict.passed:
-                row.wrong(f"prompt_guided_pool3d against the reference: {verdict}")
+                row.wrong(f"prompt_guided_project against the reference: {verdict}")
                 return
         n, samples = self.args.new_tokens, []
 
@@ -219,7 +219,7 @@ def protocol(args: argparse.Namespace) -> dict[str, object]:
         if settings
         else "ours are transformers' defaults on this device, so one row of the peer is both",
         "gate": "length of the answer, visual tokens, finite logits",
-        "op_gate": f"of prompt_guided_pool3d inside PPLLaVA: {gate.RULE.partition('. Peers')[0]}",
+        "op_gate": f"of prompt_guided_project inside PPLLaVA: {gate.RULE.partition('. Peers')[0]}",
         "times": "milliseconds, 20th, 50th and 80th percentile of the samples; models take turns",
         "flops": "matrix products up to the first token of one video; attention counts all pairs of positions",
         "ratios": "peer over PPLLaVA in FLOPs, time to first token and peak memory, PPLLaVA over peer in videos/s",

@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +116,20 @@ def last_level_cache() -> int:
 
 
 def measure(
-    variants: Sequence[Variant], clock: Clock, *, budget_s: float = 1.5, min_rounds: int = 3, max_rounds: int = 100
+    variants: Sequence[Variant],
+    clock: Clock,
+    *,
+    budget_s: float = 1.5,
+    min_rounds: int = 3,
+    max_rounds: int = 100,
+    warm: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time the variants in turns, so that noise hits all of them: (timings, reasons of those that failed) by name."""
+    """Time the variants in turns, so that noise hits all of them: (timings, reasons of those that failed) by name.
+
+    warm: about how many seconds those take that need no further call to warm up
+    """
     failed: dict[str, str] = {}
-    once: dict[str, float] = {}
+    once: dict[str, float] = dict(warm or {})
     seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
 
     def turn(variant: Variant, times: int) -> list[Callable[[], float]]:
@@ -131,7 +140,7 @@ def measure(
             return []
 
     for variant in variants:  # to warm up, twice unless it is slow; the last one says how long it takes
-        for _ in range(2):
+        for _ in range(0 if variant.name in once else 2):
             for sample in turn(variant, 1):
                 clock.wait()
                 once[variant.name] = max(sample(), 1e-9)

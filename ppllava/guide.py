@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, SiglipTextModel
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from .configuration_ppllava import PPLlavaConfig
+
+FRAMES = 4  # that SigLIP's head looks at together: its MLP is wider than D
 
 
 class PPLlavaGuide(nn.Module):
@@ -82,6 +85,21 @@ class PPLlavaGuide(nn.Module):
         # [3 * V, V] holds queries, keys and values one after the other.
         values = F.linear(features, attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2])
         return values + self.head.mlp(self.head.layernorm(values))
+
+    def look(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """SigLIP's :meth:`embed_patches` [F, H, W, C] and, with `valuew_plus`, :meth:`attend` [F, H, W] of features
+        [F, H, W, V], a few frames at a time, which are computed again for the gradient."""
+        chunks = features.split(FRAMES)
+        learns = any(x.requires_grad for x in (features, *self.norm.parameters(), *self.head.parameters()))
+        if len(chunks) > 1 and learns and torch.is_grad_enabled():
+            parts = [checkpoint(self._look, chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._look(chunk) for chunk in chunks]
+        embeds, attention = zip(*parts)
+        return torch.cat(embeds), torch.cat(attention) if self.config.valuew_plus else None
+
+    def _look(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.embed_patches(features), self.attend(features) if self.config.valuew_plus else None
 
     def attend(self, features: Tensor) -> Tensor:
         """features [F, H, W, V] -> the attention of SigLIP's probe to the patches of each frame, float32 [F, H, W]:

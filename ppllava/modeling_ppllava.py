@@ -1,4 +1,4 @@
-"""The model: transformers' towers and language model around one call of `prompt_guided_pool3d` per window size."""
+"""The model: transformers' towers and language model around one call of `prompt_guided_project` per window size."""
 
 from __future__ import annotations
 

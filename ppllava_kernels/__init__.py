@@ -8,12 +8,13 @@ from .functional import (
     weighted_pool3d,
     weighted_project,
 )
-from .modules import PromptGuidedPool3d, WeightedPool3d
+from .modules import PromptGuidedPool3d, PromptGuidedProjector, WeightedPool3d
 from .shapes import pooled_size
 
 __version__ = "0.1.0"
 __all__ = [
     "PromptGuidedPool3d",
+    "PromptGuidedProjector",
     "WeightedPool3d",
     "compatible_backends",
     "pooled_size",

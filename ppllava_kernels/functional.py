@@ -233,7 +233,7 @@ def prompt_guided_project(
     layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     window = make_window(kernel_size, stride, output_size)
-    check_tensors(cu_frames, **_given(features=features, text_embeds=text_embeds, **guide, **layers))
+    check_tensors(cu_frames, features=features, text_embeds=text_embeds, **_given(guide), **_given(layers))
     features, guide, layers = _autocast(features, guide, layers)
     check_channels_last("features", features, cu_frames, "V")
     check_projector(features, **guide, **layers)
@@ -249,7 +249,8 @@ def prompt_guided_project(
             features, text_embeds, scale, *norm, *layers.values(), window, temperature, cu_frames
         )
     else:
-        relevance = library.ops.guide_relevance(features, text_embeds, scale_tensor, scale, *norm, cu_frames, backend)
+        prompt = text_embeds, scale_tensor, scale
+        relevance, _ = library.ops.guide_relevance(features, *prompt, *norm, cu_frames, backend)
         pooled = _project(features, relevance, layers, window, temperature, cu_frames, backend)
     return (pooled, relevance) if return_relevance else pooled
 
@@ -285,7 +286,7 @@ def weighted_project(
     layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     window = make_window(kernel_size, stride, output_size)
-    check_tensors(cu_frames, **_given(features=features, weights=weights, **layers))
+    check_tensors(cu_frames, features=features, **_given({"weights": weights}), **_given(layers))
     features, _, layers = _autocast(features, {}, layers)
     check_channels_last("features", features, cu_frames, "V")
     check_projector(features, **layers)
@@ -306,8 +307,10 @@ def _project(features, weights, layers, window, temperature, cu_frames, backend)
     return F.linear(hidden, weight_2, bias_2)
 
 
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: x for name, x in tensors.items() if x is not None}
+def _given(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that are, and those that must be."""
+    optional = ("weights", "norm_weight", "norm_bias", "linear_1_bias", "linear_2_bias")
+    return {name: x for name, x in tensors.items() if x is not None or name not in optional}
 
 
 def _autocast(features: Tensor, *weights: dict[str, Tensor | None]) -> tuple:

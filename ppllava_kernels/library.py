@@ -177,31 +177,32 @@ _LINEAR = "Tensor linear_1_weight, Tensor? linear_1_bias"
 _PROJECTED = f"Tensor features, Tensor text_embeds, Tensor? scale_tensor, float scale, {_GUIDE}, {_WHERE}"
 
 
-@_register(f"guide_relevance({_PROJECTED}) -> Tensor")
+@_register(f"guide_relevance({_PROJECTED}) -> (Tensor, Tensor)")
 def guide_relevance(features, *arguments):
+    """(relevance, cosines), the second for the backward."""
     return BACKENDS[arguments[-1]].guide_relevance(features, *arguments[:-1])
 
 
 @_fake
 def guide_relevance_fake(features, *arguments):
-    return features.new_empty(features.shape[:-1], dtype=_accumulator(features))
+    return tuple(features.new_empty(features.shape[:-1], dtype=_accumulator(features)) for _ in range(2))
 
 
 @_register(
-    f"guide_relevance_backward(Tensor grad, Tensor relevance, {_PROJECTED}, bool need_features, bool need_norm, "
-    "bool need_guide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"guide_relevance_backward(Tensor grad, Tensor relevance, Tensor cosines, {_PROJECTED}, bool need_features, "
+    "bool need_norm, bool need_guide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def guide_relevance_backward(grad, relevance, features, *arguments):
+def guide_relevance_backward(grad, relevance, cosines, features, *arguments):
     *arguments, backend, need_features, need_norm, need_guide = arguments
     return BACKENDS[backend].guide_relevance_backward(
-        features, grad, relevance, *arguments, need_features, need_norm, need_guide
+        features, grad, relevance, cosines, *arguments, need_features, need_norm, need_guide
     )
 
 
 @_fake
 def guide_relevance_backward_fake(
-    grad, relevance, features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps, guide_weight,
-    cu_frames, backend, need_features, need_norm, need_guide,
+    grad, relevance, cosines, features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps,
+    guide_weight, cu_frames, backend, need_features, need_norm, need_guide,
 ):  # fmt: skip
     return (
         features.new_empty(features.shape if need_features else 0),
@@ -310,16 +311,18 @@ def _guided_backward(ctx, grad_pooled, grad_relevance):
 def _save_guide(ctx, inputs, output):
     features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias, ctx.norm_eps, *rest = inputs
     guide_weight, cu_frames, ctx.backend = rest
-    ctx.save_for_backward(output, features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames)
 
 
-def _guide_backward(ctx, grad):
-    relevance, features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames = ctx.saved_tensors
+def _guide_backward(ctx, grad, _):
+    relevance, cosines, features, text_embeds, scale_tensor, *weights, cu_frames = ctx.saved_tensors
+    norm_weight, norm_bias, guide_weight = weights
     need = ctx.needs_input_grad
     need_features, need_norm, need_guide = need[0], need[4] or need[5], need[7]
     features, text, scale, weight, bias, guide = ops.guide_relevance_backward(
-        grad, relevance, features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias, ctx.norm_eps,
-        guide_weight, cu_frames, ctx.backend, need_features, need_norm, need_guide,
+        grad, relevance, cosines, features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias,
+        ctx.norm_eps, guide_weight, cu_frames, ctx.backend, need_features, need_norm, need_guide,
     )  # fmt: skip
     grads = (features, text, scale, None, weight, bias, None, guide)
     return *_where_needed(need[:8], grads), None, None

@@ -25,6 +25,12 @@ class Case:
     def batch(self) -> int:
         return self.size[0] if self.cu_frames is None else len(self.cu_frames) - 1
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """C and D; V of the features and E of the projector's first layer."""
+        c, d = self.channels
+        return dict(C=c, D=d, V=d, E=c + d)
+
 
 CASES = {
     "divisible": Case((2, 4, 3, 6)),
@@ -83,6 +89,24 @@ def expanded(x):
 LAYOUTS = dict(contiguous=contiguous, permuted=permuted, sliced=sliced, expanded=expanded)
 
 
+# The channel axes, the last ones, of every tensor.
+AXES = {
+    "values": "D",
+    "image_embeds": "C",
+    "text_embeds": "C",
+    "features": "V",
+    "norm_weight": "V",
+    "norm_bias": "V",
+    "guide_weight": "CV",
+    "linear_1_weight": "EV",
+    "linear_1_bias": "E",
+    "linear_2_weight": "DE",
+    "linear_2_bias": "D",
+}
+LAYERS = ("linear_1_weight", "linear_1_bias", "linear_2_weight", "linear_2_bias")
+GUIDE = ("norm_weight", "norm_bias", "guide_weight")
+
+
 def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, torch.Tensor]:
     """values, image_embeds, text_embeds, weights and logit_scale on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +126,20 @@ def make_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, t
     return tensors | {"logit_scale": torch.tensor(5.0, dtype=torch.promote_types(dtypes[1], F32), device="cpu")}
 
 
+def make_projector_inputs(case: Case, dtypes=DTYPES["fp32"], seed: int = 0) -> dict[str, torch.Tensor]:
+    """features and all weights in the first of dtypes, text_embeds, weights and logit_scale, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in ("features", *GUIDE, *LAYERS):
+        shape = [case.widths[axis] for axis in AXES[name]]
+        lead = case.size if name == "features" else ()
+        x = torch.randn((*lead, *shape), dtype=F64, device="cpu", generator=generator)
+        tensors[name] = (x / shape[-1] ** 0.5 if len(shape) == 2 else x).to(dtypes[0])
+    others = make_inputs(case, dtypes, seed)
+    others["logit_scale"] = others["logit_scale"].to(torch.promote_types(dtypes[0], F32))
+    return tensors | {name: others[name] for name in ("text_embeds", "weights", "logit_scale")}
+
+
 def cu_frames_of(case: Case) -> torch.Tensor | None:
     return None if case.cu_frames is None else torch.tensor(case.cu_frames, dtype=torch.int32)
 
@@ -112,7 +150,10 @@ OPS = {
     "prompt_relevance": ("image_embeds", "text_embeds", "logit_scale"),
     "weighted_pool3d": ("values", "weights"),
     "prompt_guided_pool3d": ("values", "image_embeds", "text_embeds", "logit_scale"),
+    "prompt_guided_project": ("features", "text_embeds", *GUIDE, *LAYERS, "logit_scale"),
+    "weighted_project": ("features", "weights", *LAYERS),
 }
+RELEVANCE = ("prompt_guided_pool3d", "prompt_guided_project")
 
 
 def run(op: str, case: Case, tensors: dict, backend: str | None = None, directions=None, seed=0, **options) -> dict:
@@ -125,8 +166,10 @@ def run(op: str, case: Case, tensors: dict, backend: str | None = None, directio
     arguments = {name: inputs.get(name) for name in OPS[op]}
     if op != "prompt_relevance":
         options |= case.window
-    if op == "prompt_guided_pool3d":
+    if op in RELEVANCE:
         options |= dict(return_relevance=True)
+    if op == "prompt_guided_project":
+        options |= dict(norm_eps=1e-5)
     result = getattr(ppllava_kernels, op)(**arguments, cu_frames=cu_frames_of(case), backend=backend, **options)
     outputs = dict(zip(("output", "relevance"), result if isinstance(result, tuple) else (result,)))
     high = all(out.dtype in (F32, F64) for out in outputs.values())
@@ -146,7 +189,7 @@ def run(op: str, case: Case, tensors: dict, backend: str | None = None, directio
 def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=contiguous, **options) -> None:
     """Values and gradients of an op on a backend, by the one tolerance rule."""
     backend, device = place
-    tensors = {name: x if x is None or name == "logit_scale" else layout(x) for name, x in tensors.items()}
+    tensors = {name: x if x is None or x.dim() < 2 else layout(x) for name, x in tensors.items()}
     there = {name: x if x is None else layout_preserving_copy(x, device) for name, x in tensors.items()}
     actual = run(op, case, there, backend, **options)
     exact = run(op, case, cast(tensors, F64), "reference", **options)
@@ -170,16 +213,17 @@ def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=con
         assert_close(f"{op} {backend} {name}", actual[name], others, exact[name])
 
 
-def check_dtypes(op: str, case: str, dtypes: str, place: tuple[str, str]) -> None:
-    """`check` for named inputs; on a GPU float64 must be refused, in one sentence, and never computed in less."""
-    tensors = make_inputs(CASES[case], DTYPES[dtypes])
+def check_dtypes(op: str, case: Case, dtypes: str, place: tuple[str, str]) -> None:
+    """`check` for named dtypes; on a GPU float64 must be refused, in one sentence, and never computed in less."""
+    make = make_projector_inputs if op.endswith("project") else make_inputs
+    tensors = make(case, DTYPES[dtypes])
     backend = place[0]
     if dtypes != "fp64" or backend == "cpp":
-        check(op, CASES[case], tensors, place)
+        check(op, case, tensors, place)
         return
     message = rf"^backend='{backend}' cannot run: {backend} computes in float32 and got float64"
     with pytest.raises(ValueError, match=message):
-        run(op, CASES[case], {name: x.to(place[1]) for name, x in tensors.items()}, backend)
+        run(op, case, {name: x.to(place[1]) for name, x in tensors.items()}, backend)
 
 
 def with_layouts(*cases: str) -> list:
@@ -190,20 +234,46 @@ def with_layouts(*cases: str) -> list:
 def eager_runs(op: str, case: Case, tensors: dict, **options) -> list[dict]:
     """The reference on the same inputs with their channels in several orders and the loss in several scales.
 
-    Both change nothing but roundings, so that together they show eager's error without its luck.
+    Both change nothing but roundings, so that together they show eager's error without its luck. Matrix products round
+    in between, to the dtype, which no order changes: those of the projector get inputs moved by an eps of that dtype,
+    each compared with its own exact result.
     """
-    results = []
+    results, moves = [], op.endswith("project")
+    here = run(op, case, cast(tensors, F64), "reference", **options) if moves else None
     for seed in range(RUNS):
         generator = torch.Generator().manual_seed(seed)
-        c, d = (torch.randperm(n, generator=generator) if seed else torch.arange(n) for n in case.channels)
-        order = dict(image_embeds=c, text_embeds=c, values=d)
-        shuffled = {k: x[..., order[k]] if k in order and x is not None else x for k, x in tensors.items()}
-        outputs = run(op, case, shuffled, "reference", directions=d, seed=seed, **options)
-        back = {f"grad of {k}": index.argsort() for k, index in order.items()} | {"output": d.argsort()}
-        if op == "prompt_relevance":
-            del back["output"]
-        results.append({k: x[..., back[k]] if k in back else x for k, x in outputs.items()})
+        orders = {
+            axis: torch.randperm(n, generator=generator) if seed else torch.arange(n) for axis, n in case.widths.items()
+        }
+        inputs = tensors
+        if moves and seed:
+            inputs = {k: x if x is None else moved(x, seed) for k, x in tensors.items()}
+        shuffled = {k: x if x is None else reorder(k, x, orders) for k, x in inputs.items()}
+        outputs = run(op, case, shuffled, "reference", directions=orders["D"], seed=seed, **options)
+        back = {axis: order.argsort() for axis, order in orders.items()}
+        values = "weights" if op == "prompt_relevance" else "values"
+        names = {k: values if k == "output" else k.removeprefix("grad of ") for k in outputs}
+        outputs = {k: reorder(names[k], x, back) for k, x in outputs.items()}
+        if inputs is not tensors:
+            there = run(op, case, cast(inputs, F64), "reference", **options)
+            # In float64, for the difference is what counts; the first run has the dtypes.
+            outputs = {k: here[k] + (x.double() - there[k]) for k, x in outputs.items()}
+        results.append(outputs)
     return results
+
+
+def moved(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """x with each element moved by at most an eps of its dtype, relatively."""
+    noise = torch.rand(x.shape, dtype=F64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (x.double() * (1 + torch.finfo(x.dtype).eps * noise)).to(x.dtype)
+
+
+def reorder(name: str, x: torch.Tensor, orders: dict[str, torch.Tensor]) -> torch.Tensor:
+    """x with its channels in these orders."""
+    axes = AXES.get(name, "")
+    for n, axis in enumerate(axes, start=x.dim() - len(axes)):
+        x = x.index_select(n, orders[axis])
+    return x
 
 
 def cast(tensors: dict, dtype: torch.dtype) -> dict:

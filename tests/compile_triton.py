@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ppllava_kernels.backends.triton import backend
+from ppllava_kernels.backends.triton import backend, guide_relevance, hidden_pool3d, prompt_relevance, weighted_pool3d
 from ppllava_kernels.shapes import make_window
 
 POINTERS = {
@@ -53,10 +53,17 @@ def resources(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    usage = {name: int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK", "LOCAL")}
-    return dict(registers=usage["REG"], stack=usage["STACK"] + usage["LOCAL"])
+        report = cuobjdump("--dump-resource-usage", file.name)
+        usage = {name: int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK", "LOCAL")}
+        stack = usage["STACK"] + usage["LOCAL"]
+        if stack and not re.search(r"\b(STL|LDL)\b", cuobjdump("-sass", file.name)):
+            stack = 0  # ptxas sometimes asks for one that no instruction touches
+    return dict(registers=usage["REG"], stack=stack)
+
+
+def cuobjdump(*arguments: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def loads(ptx: str) -> dict:
@@ -65,6 +72,8 @@ def loads(ptx: str) -> dict:
     for kind, instruction in dict(load=r"ld\.global\S*", store=r"st\.global\S*").items():
         found = re.findall(instruction + r"\.v(\d)\.b(\d+)", ptx)
         width[kind] = max((int(n) * int(bits) // 8 for n, bits in found), default=0)
+    if "cp.async.cg" in ptx:  # to shared memory, always 16 bytes
+        width["load"] = 16
     return width
 
 
@@ -73,7 +82,9 @@ def calls(dtype, few: bool):
 
     few: each kernel, without those that differ in nothing but their windows.
     """
-    d, c = 4096, 768
+    d, c, v = 4096, 768, 1024
+    weights_of = dict(norm=torch.empty(v, dtype=dtype), guide=torch.empty(c, v, dtype=dtype))
+    linear, bias = torch.empty(d, v, dtype=dtype), torch.empty(d, dtype=dtype)
     for cu_frames in (None, torch.tensor([0, 2, 6], dtype=torch.int32)):
         lead = (1, 4) if cu_frames is None else (6,)
         batch = 1 if cu_frames is None else 2
@@ -81,6 +92,9 @@ def calls(dtype, few: bool):
         image = torch.empty(*lead, 24, 24, c, dtype=dtype)
         text, scale = torch.empty(batch, c, dtype=dtype), torch.empty(())
         weights = torch.empty(values.shape[:-1])
+        features = torch.empty(*lead, 24, 25, v, dtype=dtype)[..., 1:, :]  # as after a class token
+        norm, guide = weights_of.values()
+        backend.guide_relevance(features, text, scale, 1.0, norm, norm, 1e-5, guide, cu_frames)
         backend.prompt_relevance(image, text, scale, 1.0, cu_frames)
         backend.prompt_relevance_backward(weights, weights, image, text, scale, 1.0, cu_frames)
         windows = [make_window((2, 3, 3)), make_window(None, None, (2, 7, 8)), make_window((2, 3, 3), (1, 2, 2))]
@@ -90,6 +104,14 @@ def calls(dtype, few: bool):
             backend.prompt_guided_pool3d(values, image, text, scale, 1.0, window, 0.01, cu_frames)
             backend.weighted_pool3d_backward(pooled, values, weights, window, 0.01, cu_frames, True, True)
             backend.weighted_pool3d_backward(pooled, values, None, window, 0.01, cu_frames, True, False)
+            for scores in (weights, None):
+                hidden = backend.hidden_pool3d(features, scores, linear, bias, window, 0.01, cu_frames)
+                plan = hidden_pool3d.make_plan(features, window, cu_frames)
+                shares = hidden_pool3d.window_shares(features, scores, 0.01, plan)
+                tile, grad = torch.empty(576, 2048, dtype=dtype), hidden.view(-1, d)
+                dots = None if scores is None else shares
+                hidden_pool3d.pool_hidden_backward(tile, bias[:2048], shares, dots, grad, 576, 0, features, plan)
+            hidden_pool3d.window_shares_backward(weights, shares, shares, features, 0.01, plan)
 
 
 def main(arch: str, dtype: str) -> None:
@@ -112,9 +134,8 @@ def main(arch: str, dtype: str) -> None:
         row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, shared=compiled.metadata.shared, **usage)
         print(json.dumps(row | {k: v for k, v in constants.items() if k.isupper()}), flush=True)
 
-    from ppllava_kernels.backends.triton import prompt_relevance, weighted_pool3d
-
-    prompt_relevance.launch = weighted_pool3d.launch = compile_only
+    for module in (guide_relevance, hidden_pool3d, prompt_relevance, weighted_pool3d):
+        module.launch = compile_only
     calls(getattr(torch, dtype), few=target.backend == "hip")
 
 

@@ -2,31 +2,70 @@
 
 import pytest
 import torch
-from cases import CASES, make_inputs
+from cases import CASES, DTYPES, OPS, Case, cu_frames_of, make_inputs, make_projector_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ppllava_kernels
 from ppllava_kernels import prompt_guided_pool3d, weighted_pool3d
+from ppllava_kernels.backends import products
 
 CASE = CASES["divisible"]
+SMALL = Case((1, 2, 1, 2), (3, 2), dict(kernel_size=(1, 1, 2)))
 
 
-@pytest.mark.parametrize("op", [weighted_pool3d, prompt_guided_pool3d])
+def make(op, case=CASE, device="cpu", dtypes=DTYPES["fp32"]):
+    """The inputs of an op, all of which ask for a gradient."""
+    tensors = (make_projector_inputs if op.endswith("project") else make_inputs)(case, dtypes)
+    return {name: tensors[name].to(device).requires_grad_() for name in OPS[op]}
+
+
+def call(op, inputs, case=CASE, **options):
+    options |= case.window | dict(norm_eps=1e-5) if op == "prompt_guided_project" else case.window
+    return getattr(ppllava_kernels, op)(**inputs, cu_frames=cu_frames_of(case), **options)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "prompt_relevance"])
 def test_double_backward(op, place):
     """Wrong second derivatives would be worse than none."""
     backend, device = place
-    inputs = {k: v.to(device).requires_grad_() for k, v in make_inputs(CASE).items()}
-    names = ("values", "weights") if op is weighted_pool3d else ("values", "image_embeds", "text_embeds")
-    arguments = [inputs[name] for name in names]
+    case = SMALL if op.endswith("project") else CASE
+    inputs = make(op, case, device)
+    first, second, *_ = inputs.values()
 
     def penalty(backend):
-        out = op(*arguments, backend=backend, **CASE.window).sum()
-        (grad,) = torch.autograd.grad(out, arguments[0], create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), arguments[1])[0]
+        out = call(op, inputs, case, backend=backend).sum()
+        (grad,) = torch.autograd.grad(out, first, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), second)[0]
 
     assert penalty("reference").abs().sum() > 0
     message = f"backend='{backend}' has no double backward; use backend='reference', which is plain PyTorch, for it"
     with pytest.raises(RuntimeError, match=message):
         penalty(backend)
+
+
+GRADCHECKED = {
+    "dense": Case((2, 2, 2, 2), (3, 2), dict(kernel_size=(2, 1, 2), stride=1)),
+    "adaptive": Case((1, 3, 1, 3), (3, 2), dict(output_size=(2, 1, 2))),
+    "ragged": Case((5, 1, 2), (3, 2), dict(kernel_size=(2, 1, 2)), (0, 2, 5)),
+    "ragged_adaptive": Case((5, 1, 2), (3, 2), dict(output_size=(2, 1, 1)), (0, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("case", GRADCHECKED)
+@pytest.mark.parametrize("op", ["prompt_guided_project", "weighted_project"])
+def test_gradcheck(op, case, backend, monkeypatch):
+    """Against numerical differences, which know of no formula; tiles are smaller than a clip and than D'."""
+    monkeypatch.setattr(products, "TILE", {"cpu": (2, 3)})
+    case = GRADCHECKED[case]
+    inputs = make(op, case, dtypes=DTYPES["fp64"])
+    relevance = dict(return_relevance=True) if op == "prompt_guided_project" else {}
+
+    def function(*tensors):
+        return call(op, dict(zip(inputs, tensors)), case, temperature=0.3, backend=backend, **relevance)
+
+    assert all(x.requires_grad for x in inputs.values())
+    torch.autograd.gradcheck(function, tuple(inputs.values()), rtol=1e-5, atol=1e-7)
 
 
 def test_modes_see_the_ops():
@@ -45,6 +84,16 @@ def test_modes_see_the_ops():
         "ppllava_kernels.prompt_guided_pool3d.default",
         "ppllava_kernels.weighted_pool3d_backward.default",
         "ppllava_kernels.prompt_relevance_backward.default",
+    ]
+    seen.clear()
+    inputs = make("prompt_guided_project")
+    with Record():
+        call("prompt_guided_project", inputs, backend="cpp").sum().backward()
+    assert [name for name in seen if "ppllava_kernels" in name] == [
+        "ppllava_kernels.guide_relevance.default",
+        "ppllava_kernels.hidden_pool3d.default",
+        "ppllava_kernels.hidden_pool3d_backward.default",
+        "ppllava_kernels.guide_relevance_backward.default",
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 KERNELS = {
     "score_and_normalise", "relevance_backward", "pool_windows", "backward_windows", "backward_patches",
-    "score_and_pool",
+    "score_and_pool", "share_windows", "score_windows", "collect_scores", "score_embeds", "pool_tile", "tile_backward",
 }  # fmt: skip
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"

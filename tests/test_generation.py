@@ -9,7 +9,8 @@ from test_images import TEXTS, mixed
 from tiny import CHUNKS
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from ppllava import modeling_ppllava, presets, projector
+from ppllava import modeling_ppllava, presets
+from ppllava_kernels import modules
 
 NEW = 6
 # Without a cache every step is a whole prompt, in which a generated placeholder would stand for an image too many.
@@ -32,13 +33,13 @@ def counts(monkeypatch):
 
         return hook
 
-    op = projector.prompt_guided_pool3d
+    op = modules.prompt_guided_project
 
     def counted(*args, **kwargs):
         calls["op"] += 1
         return op(*args, **kwargs)
 
-    monkeypatch.setattr(projector, "prompt_guided_pool3d", counted)
+    monkeypatch.setattr(modules, "prompt_guided_project", counted)
     handles = [
         model.model.vision_tower.register_forward_hook(count("vision")),
         model.model.guide.text_model.register_forward_hook(count("guide")),

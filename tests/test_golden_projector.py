@@ -9,6 +9,8 @@ from close import assert_close
 from golden_data import close, golden, meta, projector_model
 from transformers import SiglipTextConfig, SiglipTextModel
 
+from ppllava_kernels import functional
+
 VARIANTS = {
     "variant_temp1": {"pooling_temperature": 1.0},
     "variant_overlap": {"pooling_kernel_size": (2, 4, 3), "pooling_stride": (1, 2, 2)},
@@ -36,33 +38,50 @@ def run(case, name, dtype=torch.float32, **changes):
     if not given["cases"][source]["video"] and config["image_pooling_kernel"]:
         changes = {"pooling_kernel_size": config["image_pooling_kernel"], "pooling_stride": None, **changes}
     model = projector_model(case, inputs_of(case), **{**VARIANTS.get(name, {}), **changes}).to(dtype)
-    features = inputs[f"{source}/image_features"].unflatten(1, config["frame_shape"]).to(dtype)  # [F, H, W, V]
+    features = inputs[f"{source}/image_features"].unflatten(1, config["frame_shape"])
+    features = features.to(model.device, dtype)  # [F, H, W, V]
     model.encode_frames = lambda *_: features
     model.config.vision_config.image_size = [n * model.config.vision_config.patch_size for n in config["frame_shape"]]
     frames = given["cases"][source]["num_frames"]
     pixels = torch.zeros(len(features), 3, 1, 1, dtype=dtype)
-    ids, mask = inputs[f"{source}/clip_ids"], inputs.get(f"{source}/clip_mask")
     with torch.no_grad():
-        video = model.get_video_features(pixels, torch.full((len(features) // frames,), frames), ids, mask)
+        video = model.get_video_features(
+            pixels, torch.full((len(features) // frames,), frames), **question(inputs, source, model.device)
+        )
     return model, features, video
 
 
+def question(inputs, source, device):
+    given = {"guide_input_ids": inputs[f"{source}/clip_ids"], "guide_attention_mask": inputs.get(f"{source}/clip_mask")}
+    return {name: x if x is None else x.to(device) for name, x in given.items()}
+
+
+@pytest.fixture
+def chosen(backend, monkeypatch):
+    """Every backend in turn, for all ops that the model calls."""
+    check = functional.check_backend
+    monkeypatch.setattr(functional, "check_backend", lambda _, x, *order: check(backend, x))
+    return backend
+
+
 @pytest.mark.parametrize(("case", "name"), CASES)
-def test_projector(case, name):
+def test_projector(case, name, chosen):
     model, features, video = run(case, name)
     outputs, inputs = golden(case, "outputs"), golden(inputs_of(case), "inputs")
     source = meta(case)["cases"][name].get("inputs_of", name)
-    close(torch.stack(video.pooler_output), outputs[f"{name}/out"], 2e-4)
-    close(torch.stack(video.relevance), outputs[f"{source}/tv_softmax"], 2e-4 if model.config.valuew_plus else 1e-5)
+    close(torch.stack(video.pooler_output).cpu(), outputs[f"{name}/out"], 2e-4)
+    close(
+        torch.stack(video.relevance).cpu(), outputs[f"{source}/tv_softmax"], 2e-4 if model.config.valuew_plus else 1e-5
+    )
     with torch.no_grad():
-        text = model.guide.embed_text(inputs[f"{source}/clip_ids"], inputs.get(f"{source}/clip_mask"))
-        close(text, outputs[f"{source}/text_embeds_raw"], 2e-4)
+        text = model.guide.embed_text(**question(inputs, source, model.device))
+        close(text.cpu(), outputs[f"{source}/text_embeds_raw"], 2e-4)
         patches = model.guide.embed_patches(features).unflatten(0, (len(text), -1))  # [B, T, H, W, C]
         cosine = F.cosine_similarity(patches, text[:, None, None, None], dim=-1)
-        close(cosine, outputs[f"{source}/visual_attention"], 1e-5)
+        close(cosine.cpu(), outputs[f"{source}/visual_attention"], 1e-5)
         if f"{name}/head_attn_weights" in outputs:
             expected = outputs[f"{name}/head_attn_weights"].mean(1)  # [F, L]
-            close(model.guide.attend(features).flatten(1), expected, 1e-5)
+            close(model.guide.attend(features).flatten(1).cpu(), expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -92,7 +111,8 @@ def test_valuew_plus_in_batches():
 
     both = encode(features, ids)
     for i in range(2):
-        close(both[i], encode(features[2 * i : 2 * i + 2], ids[i : i + 1])[0], 1e-5)
+        # As near as to the original: products of other sizes round in other ways, on some processors.
+        close(both[i], encode(features[2 * i : 2 * i + 2], ids[i : i + 1])[0], 2e-4)
 
 
 def test_a_question_for_each_video():

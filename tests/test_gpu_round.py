@@ -200,12 +200,14 @@ sys.exit(gpu_round.execute(plan, Path({str(path)!r}), {MACHINE!r}, 100, False))
 
 def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     plan = {step.name: step for step in gpu_round.steps(tmp_path)}
-    assert list(plan) == ["build", "backends", "tests", "memcheck", "racecheck", "kernels", "throughput", "tables"]
+    checks, benchmarks = ["build", "backends", "tests", "memcheck", "racecheck"], ["kernels", "projector", "throughput"]
+    assert list(plan) == [*checks, *benchmarks, "tables"]
     assert sum(step.least_s for step in plan.values()) < 570
     files = [word for word in plan["tests"].command if word.startswith("tests/")]
     assert {"tests/test_weighted_pool3d.py", "tests/test_prompt_guided_pool3d.py"} <= {*files}
     assert "tests/test_model.py" not in files
     assert str(tmp_path) in plan["kernels"].command
+    assert str(tmp_path) in plan["projector"].command
     assert "--out" not in {step.name: step for step in gpu_round.steps(None)}["kernels"].command
     monkeypatch.setattr(gpu_round.importlib.util, "find_spec", lambda name: None if name in ("pytest", "av") else 1)
     monkeypatch.setattr(gpu_round.shutil, "which", lambda name: None)

@@ -1,25 +1,76 @@
 """No kernel reads or writes outside of what it is given."""
 
+from itertools import accumulate
+
 import pytest
 import torch
-from cases import CASES, OPS, cast, cu_frames_of, make_inputs, run, sliced
+from cases import CASES, LAYOUTS, OPS, Case, cast, cu_frames_of, make_inputs, make_projector_inputs, run, sliced
+from torch.profiler import ProfilerActivity, profile
 
 from ppllava_kernels import prompt_guided_pool3d, prompt_relevance
+from ppllava_kernels.backends import products
 
 SENTINEL = 42.0
+PROJECTOR = ("prompt_guided_project", "weighted_project")
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", ["leftover", "gaps", "ragged", "adaptive_overlap", "odd_channels"])
-def test_nothing_around_the_inputs_counts(op, case, place):
+def make(op, case, device="cpu"):
+    tensors = (make_projector_inputs if op in PROJECTOR else make_inputs)(case)
+    return {name: tensors[name].to(device) for name in OPS[op]}
+
+
+def with_ops(*cases):
+    """(op, case) parameters; of the projector two, which have a dense and a ragged clip in tiles of their own."""
+    return [(op, case) for op in OPS for case in cases if op not in PROJECTOR or case in ("adaptive_overlap", "ragged")]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of the projector: less than a frame, and some of its channels."""
+    monkeypatch.setattr(products, "TILE", {"cpu": (7, 32), "cuda": (7, 32)})
+
+
+@pytest.mark.parametrize(("op", "case"), with_ops("leftover", "gaps", "ragged", "adaptive_overlap", "odd_channels"))
+def test_nothing_around_the_inputs_counts(op, case, place, small_tiles):
     """Inputs as views into buffers of NaN: one element read too many would show in values or gradients."""
     backend, device = place
-    tensors = {k: v.to(device) for k, v in make_inputs(CASES[case]).items()}
+    tensors = make(op, CASES[case], device)
     views = {k: v if k == "logit_scale" else sliced(v) for k, v in tensors.items()}
     expected, actual = run(op, CASES[case], tensors, backend), run(op, CASES[case], views, backend)
     for name, x in expected.items():
         assert not x.isnan().any()
         torch.testing.assert_close(actual[name], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "sliced", "expanded"])
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_only_read(op, layout, place, small_tiles):
+    """Forward and backward, of views as well: what is around them and what they share stays, too."""
+    backend, device = place
+    case = Case((2, 2, 1, 3), (5, 7), dict(kernel_size=(2, 1, 2), stride=1))
+    tensors = make(op, case, device)
+    views = {name: LAYOUTS[layout](x) if x.dim() > 2 else x for name, x in tensors.items()}
+    before = {name: storage_of(x).clone() for name, x in views.items()}
+    run(op, case, views, backend)
+    for name, x in views.items():
+        assert torch.equal(storage_of(x).view(torch.int32), before[name].view(torch.int32)), name
+
+
+def storage_of(x):
+    """All elements of the buffer that x is a view into."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+@pytest.mark.xfail(strict=True, reason="Triton and C++ read one element after the other")
+@pytest.mark.parametrize("name", ["norm_weight", "norm_bias", "linear_1_bias", "linear_2_bias"])
+def test_vectors_of_any_stride(name, backend):
+    case = Case((1, 2, 1, 2), (5, 7), dict(kernel_size=(1, 1, 2)))
+    tensors = make("prompt_guided_project", case, torch.get_default_device())
+    strided = torch.stack((tensors[name], tensors[name] + 9), 1)[:, 0]
+    expected = run("prompt_guided_project", case, tensors | {name: strided.contiguous()}, backend)
+    actual = run("prompt_guided_project", case, tensors | {name: strided}, backend)
+    for key, x in expected.items():
+        torch.testing.assert_close(actual[key], x)
 
 
 @pytest.mark.parametrize("case", ["leftover", "gaps"])
@@ -67,6 +118,10 @@ class Guarded:
         self.buffers = []
         self.empty, self.new_empty, self.empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
         monkeypatch.setattr(torch, "empty", self.guard)
+        # Sums, which kernels add to.
+        zeros = lambda x, *shape, dtype=None: self.new(x, *shape, dtype=dtype).zero_()  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "new_zeros", zeros)
+        monkeypatch.setattr(torch, "zeros_like", lambda x, dtype=None: zeros(x, x.shape, dtype=dtype))
         monkeypatch.setattr(torch, "empty_like", lambda x: self.guard(x.shape, dtype=x.dtype, device=x.device))
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape, **options: self.new(x, *shape, **options))
 
@@ -94,11 +149,12 @@ class Guarded:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", ["leftover", "gaps", "ragged", "adaptive_overlap", "odd_channels", "single"])
-def test_nothing_around_the_outputs_is_written(op, case, dtype, place, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "case"), with_ops("leftover", "gaps", "ragged", "adaptive_overlap", "odd_channels", "single")
+)
+def test_nothing_around_the_outputs_is_written(op, case, dtype, place, small_tiles, monkeypatch):
     backend, device = place
-    tensors = {k: v.to(device) for k, v in cast(make_inputs(CASES[case]), dtype).items()}
+    tensors = cast(make(op, CASES[case], device), dtype)
     guarded = Guarded(monkeypatch)
     outputs = run(op, CASES[case], tensors, backend)
     monkeypatch.undo()
@@ -127,3 +183,49 @@ def test_nan_stays_in_its_video(case, poison, place):
         expected, actual = (x[name] for x in outputs)
         assert actual[:first].isnan().any(), name
         assert torch.equal(actual[first:], expected[first:]), name
+
+
+# T*H*W*D' are 16384 elements; one of tiles of 8 patches and 32 channels has 256. C, V and D are 8.
+LARGE = Case((1, 4, 4, 4), (8, 8), dict(kernel_size=(2, 2, 2)))
+WIDE = 256
+
+
+@pytest.fixture
+def wide():
+    """Inputs of the projector whose D' is far larger than all other widths."""
+    tensors = make_projector_inputs(LARGE)
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(linear_1_weight=(WIDE, 8), linear_1_bias=(WIDE,), linear_2_weight=(8, WIDE))
+    return tensors | {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def allocations(op, tensors, backend):
+    """(largest allocation, most bytes at a time) of a forward and a backward, PyTorch's own and those in C++."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(op, LARGE, tensors, backend)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(sizes), max(accumulate(sizes))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("op", PROJECTOR)
+def test_the_projector_never_writes_its_first_layer(op, backend, wide, monkeypatch):
+    """All that a call allocates, forward and backward, is less than T*H*W*D' elements, at any time together."""
+    monkeypatch.setattr(products, "TILE", {"cpu": (8, 32)})
+    whole = 4 * 4 * 4 * WIDE * wide["features"].element_size()
+    largest, together = allocations(op, wide, backend)
+    assert largest < whole / 4
+    assert together < whole
+    assert allocations(op, wide, "reference")[0] >= whole, "it would not be seen"
+
+
+def test_a_tile_is_all_of_the_first_layer_that_there_is(wide, monkeypatch):
+    """The largest tile is the setting, not the clip."""
+    sizes = {}
+    for rows in (8, 32, 1024):
+        monkeypatch.setattr(products, "TILE", {"cpu": (rows, WIDE)})
+        sizes[rows] = allocations("weighted_project", wide, "cpp")[0]
+    element = wide["features"].element_size()
+    assert sizes[32] == 32 * WIDE * element
+    assert sizes[8] < sizes[32] < sizes[1024] == 4 * 4 * 4 * WIDE * element

@@ -10,8 +10,8 @@ from transformers import CLIPVisionModel, StaticCache
 
 import ppllava
 import ppllava_kernels
-from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, presets, projector
-from ppllava_kernels import prompt_guided_pool3d
+from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, presets
+from ppllava_kernels import modules, prompt_guided_pool3d, prompt_guided_project
 
 
 @contextmanager
@@ -21,13 +21,13 @@ def counting(monkeypatch, model):
 
     def op(*args, **kwargs):
         calls["op"] += 1
-        return prompt_guided_pool3d(*args, **kwargs)
+        return prompt_guided_project(*args, **kwargs)
 
     def tower(*_):
         calls["tower"] += 1
 
     handle = model.model.vision_tower.register_forward_hook(tower)
-    monkeypatch.setattr(projector, "prompt_guided_pool3d", op)
+    monkeypatch.setattr(modules, "prompt_guided_project", op)
     yield calls
     handle.remove()
 

@@ -1,5 +1,6 @@
 """The presets: sizes, FLOPs, reproducible weights, and no network."""
 
+import math
 import re
 import socket
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppllava import presets
+from ppllava_kernels import library
 
 
 def test_small_spends_its_flops_as_the_7b_model():
@@ -39,7 +41,12 @@ def test_flops_are_what_torch_counts(name, frames):
     model.set_attn_implementation("eager")
     video = torch.zeros(frames, 42, 42, 3, dtype=torch.uint8)
     inputs = processor(text="USER: <video>\nWhat? ASSISTANT:", videos=video)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The products inside of the projector's ops: features [F, H, W, V] and a weight [out, V].
+    formulas = {
+        library.ops.guide_relevance: lambda features, *rest, **_: 2 * math.prod(features) * rest[6][0],
+        library.ops.hidden_pool3d: lambda features, weights, linear_1, *_, **__: 2 * math.prod(features) * linear_1[0],
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(**inputs, logits_to_keep=1)
     visual = processor.num_video_tokens(frames)
     text, guide = inputs["input_ids"].shape[1] - visual, inputs["guide_input_ids"].shape[1]

@@ -12,7 +12,7 @@ from ppllava_kernels import PromptGuidedPool3d, prompt_guided_pool3d, prompt_rel
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_against_reference(case, dtypes, place):
-    check_dtypes("prompt_guided_pool3d", case, dtypes, place)
+    check_dtypes("prompt_guided_pool3d", CASES[case], dtypes, place)
 
 
 @pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "ragged_adaptive"))

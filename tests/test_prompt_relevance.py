@@ -12,7 +12,7 @@ SIZES = ["divisible", "single", "ragged", "ragged_one_frame", "odd_channels", "m
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", SIZES)
 def test_against_reference(case, dtypes, place):
-    check_dtypes("prompt_relevance", case, dtypes, place)
+    check_dtypes("prompt_relevance", CASES[case], dtypes, place)
 
 
 @pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "ragged"))

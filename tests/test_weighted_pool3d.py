@@ -17,7 +17,7 @@ META = json.loads((GOLDEN / "meta.json").read_text())["cases"]
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_against_reference(case, dtypes, place):
-    check_dtypes("weighted_pool3d", case, dtypes, place)
+    check_dtypes("weighted_pool3d", CASES[case], dtypes, place)
 
 
 @pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "overlap", "adaptive", "ragged"))

@@ -89,6 +89,14 @@ constexpr float kEps = 1e-12f;         // as torch.nn.functional.normalize
 
 inline __device__ int lane_id() { return threadIdx.x % kWarp; }
 inline __device__ int warp_id() { return threadIdx.x / kWarp; }
+inline __device__ int warp_item() { return blockIdx.x * (blockDim.x / kWarp) + warp_id(); }  // of warp_each
+
+// A warp for each item. Few items: fewer warps in each block, for more processors at work.
+inline Launch warp_each(int64_t items, Stream stream) {
+  const int warps = items < 4096 ? 2 : kWarps;
+  const int64_t blocks = (items + warps - 1) / warps;
+  return {static_cast<int>(blocks), warps * kWarp, 0, false, stream.device, stream.handle};
+}
 
 PPLLAVA_DEVICE inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -213,6 +221,34 @@ __device__ void store_chunk(T* row, const float (&in)[kChunk<T>], int count) {
 #pragma unroll
     for (int n = 0; n < kChunk<T>; ++n)
       if (n < count) row[n] = x[n];
+  }
+}
+
+// As load_raw, for what this kernel writes, too.
+template <class T, bool ALIGNED>
+__device__ Raw load_written(const T* row, int count) {
+  if constexpr (!ALIGNED) return load_raw<T, false>(row, count);
+  return count > 0 ? *reinterpret_cast<const Raw*>(row) : make_uint4(0, 0, 0, 0);
+}
+
+// As many float32 as one chunk of T has channels, zero beyond `count`.
+template <class T, bool ALIGNED>
+__device__ void load_floats(float (&out)[kChunk<T>], const float* from, int count) {
+#pragma unroll
+  for (int n = 0; n < kChunk<T>; n += 4) {
+    float x[4];
+    unpack<float>(x, load_written<float, ALIGNED>(from + n, count - n));
+#pragma unroll
+    for (int m = 0; m < 4; ++m) out[n + m] = x[m];
+  }
+}
+
+template <class T, bool ALIGNED>
+__device__ void store_floats(float* to, const float (&in)[kChunk<T>], int count) {
+#pragma unroll
+  for (int n = 0; n < kChunk<T>; n += 4) {
+    const float x[4] = {in[n], in[n + 1], in[n + 2], in[n + 3]};
+    store_chunk<float, ALIGNED>(to + n, x, count - n);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstddef>  // defines: size_t
 
-#include "../shapes.h"  // defines: Grid, PoolArgs, RelevanceArgs
+#include "../shapes.h"  // defines: Grid, PoolArgs, TileArgs, ScoreArgs, RelevanceArgs
 
 namespace ppllava::cuda {
 
@@ -29,5 +29,11 @@ const char* prompt_relevance_backward(const RelevanceCall&, Stream);
 const char* weighted_pool3d(const PoolArgs&, Stream);
 const char* weighted_pool3d_backward(const PoolArgs&, Stream);
 const char* prompt_guided_pool3d(const RelevanceCall&, const PoolArgs&, Stream);
+
+const char* score_rows(const ScoreArgs&, Stream);
+const char* window_shares(const PoolArgs&, Stream);
+const char* window_shares_backward(const PoolArgs&, Stream);
+const char* pool_hidden(const TileArgs&, Stream);
+const char* pool_hidden_backward(const TileArgs&, Stream);
 
 }  // namespace ppllava::cuda

@@ -7,7 +7,7 @@ namespace ppllava::cuda {
 
 using DeviceAxis = AxisOf<int>;
 
-inline __device__ DeviceAxis axis_of(const PoolArgs& a, const DeviceClip& clip, int n) {
+PPLLAVA_DEVICE inline DeviceAxis axis_of(const PoolArgs& a, const DeviceClip& clip, int n) {
   const int size = n == 0 ? clip.frames : static_cast<int>(n == 1 ? a.height : a.width);
   const int outputs = n == 0 ? clip.outputs : static_cast<int>(a.window.outputs[n]);
   return {size, outputs, static_cast<int>(a.window.kernel[n]), static_cast<int>(a.window.stride[n])};
@@ -17,7 +17,7 @@ inline __device__ DeviceAxis axis_of(const PoolArgs& a, const DeviceClip& clip, 
 struct Box {
   int begin[3], size[3];
 
-  __device__ int volume() const { return size[0] * size[1] * size[2]; }
+  PPLLAVA_DEVICE int volume() const { return size[0] * size[1] * size[2]; }
   __device__ void place(int k, int (&at)[3]) const {
     const int rest = k / size[2];
     at[0] = begin[0] + rest / size[1], at[1] = begin[1] + rest % size[1], at[2] = begin[2] + k % size[2];
@@ -43,6 +43,40 @@ struct PooledWindow {
       patches.begin[n] = axis.begin(at[n]);
       patches.size[n] = axis.end(at[n]) - patches.begin[n];
     }
+  }
+};
+
+// Scratch of the backward: of a window of the clip, the slot of its patch (t, h, w).
+inline __device__ int64_t slot_of(const PoolArgs& a, const DeviceClip& clip, int64_t window, int t, int h, int w) {
+  return clip.first_slot + ((window * clip.span + t) * a.window.high + h) * a.window.wide + w;
+}
+
+// The windows that hold one patch of a clip, in order.
+struct PatchWindows {
+  const PoolArgs& a;
+  const DeviceClip& clip;
+  int at[3];
+  DeviceAxis axes[3];
+  Box windows;
+
+  __device__ PatchWindows(const PoolArgs& args, const DeviceClip& where, int t, int h, int w)
+      : a(args), clip(where), at{t, h, w} {
+    for (int n = 0; n < 3; ++n) {
+      axes[n] = axis_of(a, clip, n);
+      windows.begin[n] = axes[n].first(at[n]);
+      const int size = axes[n].last(at[n]) - windows.begin[n];
+      windows.size[n] = size > 0 ? size : 0;
+    }
+  }
+
+  // Of the k-th: the slot of the patch, and the index among all windows of the call.
+  __device__ int64_t slot(int k, int64_t& window) const {
+    int o[3];
+    windows.place(k, o);
+    const int64_t local = (o[0] * a.window.outputs[1] + o[1]) * a.window.outputs[2] + o[2];
+    window = clip.first_output * a.window.outputs[1] * a.window.outputs[2] + local;
+    return slot_of(
+        a, clip, local, at[0] - axes[0].begin(o[0]), at[1] - axes[1].begin(o[1]), at[2] - axes[2].begin(o[2]));
   }
 };
 

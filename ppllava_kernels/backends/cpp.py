@@ -85,7 +85,7 @@ def guide_relevance(*arguments):
 
 
 def guide_relevance_backward(*arguments):
-    return products.guide_relevance_backward(_KERNELS, *arguments)
+    return products.guide_relevance_backward(*arguments)
 
 
 def hidden_pool3d(*arguments):

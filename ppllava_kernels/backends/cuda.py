@@ -1,12 +1,17 @@
-"""CUDA C++: one cooperative launch for the scores and the pooling; nothing of size T*H*W x D besides the gradient."""
+"""CUDA C++: one cooperative launch for the scores and the pooling; nothing of size T*H*W x D besides the gradient.
+
+The projector: the library's matrix products on tiles, with kernels of this backend as their epilogues.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import torch
 from torch import Tensor
 
+from . import products
 from .cpp import _C, missing
 from .plan import clip_counts, make_plan
 
@@ -135,3 +140,56 @@ def prompt_guided_pool3d(values, image_embeds, text_embeds, scale_tensor, scale,
     with _device(values):
         _C.cuda_prompt_guided_pool3d(pooled, relevance, values, *embeds, *plan.arguments, _stream(values))
     return pooled, relevance
+
+
+def guide_relevance(features, *arguments):
+    with _device(features):
+        return products.guide_relevance(_KERNELS, features, *arguments)
+
+
+def guide_relevance_backward(features, *arguments):
+    with _device(features):
+        return products.guide_relevance_backward(features, *arguments)
+
+
+def hidden_pool3d(features, *arguments):
+    with _device(features):
+        return products.hidden_pool3d(_KERNELS, features, *arguments)
+
+
+def hidden_pool3d_backward(features, *arguments):
+    with _device(features):
+        return products.hidden_pool3d_backward(_KERNELS, features, *arguments)
+
+
+# What backends/products.py asks of a backend, inside of `_device`.
+
+
+def score_rows(cosines, norms, embeds, text):
+    _C.cuda_score_rows(cosines, norms, embeds, text, _stream(embeds))
+
+
+def window_shares(features, weights, temperature, plan):
+    shares = features.new_empty(plan.slots, dtype=torch.float32)
+    _C.cuda_window_shares(shares, weights, features, temperature, *plan.arguments, _stream(features))
+    return shares
+
+
+def window_shares_backward(weights, shares, dots, features, temperature, plan):
+    grad_weights = weights.new_empty(*weights.shape)
+    arguments = shares, dots, features, temperature, *plan.arguments
+    _C.cuda_window_shares_backward(grad_weights, *arguments, _stream(features))
+    return grad_weights
+
+
+def pool_hidden(sums, hidden, bias, shares, first, channel, features, plan):
+    arguments = hidden, bias, shares, first, channel, features, *plan.arguments
+    _C.cuda_pool_hidden(sums, *arguments, _stream(features))
+
+
+def pool_hidden_backward(hidden, bias, shares, dots, grad, first, channel, features, plan):
+    arguments = bias, shares, dots, grad, first, channel, features, *plan.arguments
+    _C.cuda_pool_hidden_backward(hidden, *arguments, _stream(features))
+
+
+_KERNELS = sys.modules[__name__]

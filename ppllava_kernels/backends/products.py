@@ -3,7 +3,7 @@
 `kernels` is the module of that backend:
 
     make_plan(features, window, cu_frames)                    what its kernels want to know of the windows
-    score_rows(cosines, norms, embeds, text)                  cosines [R] and, if given, norms [R] of embeds [R, C]
+    score_rows(cosines, None, embeds, text)                   cosines [R] of embeds [R, C] with text [C]
     window_shares(features, weights, temperature, plan)       shares [slots]: for each window those of its patches
     window_shares_backward(weights, shares, dots, features, temperature, plan)  gradient of weights, from g_o . h_i
     pool_hidden(sums, z, bias, shares, first, channel, features, plan)          sums[o] += sum_i p_oi gelu(z_i + b)
@@ -80,9 +80,10 @@ def _without_autocast(function):
     """Autocast has been asked before, of the arguments; in here every product has its dtype."""
 
     @wraps(function)
-    def run(kernels, features, *arguments):
+    def run(*arguments):
+        features = next(x for x in arguments if isinstance(x, Tensor))
         with torch.autocast(features.device.type, enabled=False):
-            return function(kernels, features, *arguments)
+            return function(*arguments)
 
     return run
 
@@ -109,7 +110,7 @@ def guide_relevance(
     for tile in tiles(features, counts):
         normed, _, _ = _normalise(tile.rows, norm_weight, norm_bias, norm_eps)  # [R, V]
         kernels.score_rows(flat[tile.patches], None, _operand(normed) @ guide, text[tile.clip])
-    return softmax(cosines, scale if scale_tensor is None else scale * scale_tensor, counts)
+    return softmax(cosines, scale if scale_tensor is None else scale * scale_tensor, counts), cosines
 
 
 def softmax(cosines: Tensor, scale: float | Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -134,7 +135,7 @@ def grad_logits(grad: Tensor, relevance: Tensor, counts: tuple[int, ...]) -> Ten
 
 @_without_autocast
 def guide_relevance_backward(
-    kernels, features, grad, relevance, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps,
+    features, grad, relevance, cosines, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps,
     guide_weight, cu_frames, need_features, need_norm, need_guide,
 ):  # fmt: skip
     """Gradients of features, text_embeds, scale_tensor, norm_weight, norm_bias and guide_weight."""
@@ -146,7 +147,7 @@ def guide_relevance_backward(
     unit = text / length.clamp_min(EPS)
     grad_logit = grad_logits(grad, relevance, counts)
     factor = ((scale if scale_tensor is None else scale * scale_tensor) * grad_logit).to(dtype)
-    cosines = torch.empty_like(factor)
+    cosines = cosines.view(-1)
     guide = _operand(guide_weight)  # [C, V]
     sums = {
         "unit": torch.zeros_like(text),
@@ -158,16 +159,14 @@ def guide_relevance_backward(
         normed, mean, deviation = _normalise(tile.rows, norm_weight, norm_bias, norm_eps)
         normed = _operand(normed)  # [R, V]
         embeds = normed @ guide.t()  # [R, C]
-        norms = factor.new_empty(len(embeds))
-        cosine = cosines[tile.patches]
-        kernels.score_rows(cosine, norms, embeds, text[tile.clip])
+        norms = torch.linalg.vector_norm(embeds, dim=-1, dtype=dtype)  # [R]
         along = factor[tile.patches] / norms.clamp_min(EPS)  # [R]
         wide = embeds.to(dtype)
         sums["unit"][tile.clip] += along @ wide
         if not (need_features or need_norm or need_guide):
             continue
         along = torch.where(norms <= EPS, 0, along)  # a zero embedding gets no gradient
-        wide = wide * (-along * cosine / norms.clamp_min(EPS))[:, None]
+        wide = wide * (-along * cosines[tile.patches] / norms.clamp_min(EPS))[:, None]
         grad_embeds = wide.addr_(along, unit[tile.clip]).to(guide.dtype)  # [R, C]
         if need_guide:
             _add_product(sums["guide"], grad_embeds.t(), normed)
@@ -222,7 +221,7 @@ def hidden_pool3d(kernels, features, weights, linear_1_weight, linear_1_bias, wi
         for channel in range(0, width, step):
             weight = _operand(linear_1_weight[channel : channel + step])
             z = torch.mm(rows, weight.t(), out=buffer[: len(rows) * len(weight)].view(len(rows), -1))
-            bias = None if linear_1_bias is None else linear_1_bias[channel : channel + step].to(z.dtype)
+            bias = None if linear_1_bias is None else linear_1_bias[channel : channel + step].to(z.dtype).contiguous()
             kernels.pool_hidden(sums, z, bias, shares, tile.first, channel, features, plan)
     return sums.to(features.dtype)
 
@@ -251,7 +250,7 @@ def hidden_pool3d_backward(
             part = slice(channel, channel + step)
             weight = _operand(linear_1_weight[part])
             z = torch.mm(rows, weight.t(), out=buffer[: len(rows) * len(weight)].view(len(rows), -1))
-            bias = None if linear_1_bias is None else linear_1_bias[part].to(z.dtype)
+            bias = None if linear_1_bias is None else linear_1_bias[part].to(z.dtype).contiguous()
             kernels.pool_hidden_backward(z, bias, shares, dots, grad, tile.first, channel, features, plan)
             if need_linear:
                 _add_product(grad_weight[part], z.t(), rows)

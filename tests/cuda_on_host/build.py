@@ -76,7 +76,7 @@ def build(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     module += ["-O1", "-g0", "-fvisibility=hidden"] + [f"-isystem{path}" for path in python]
     cpu = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", "-fopenmp", *module]
     # The slowest first.
-    sources = [(CSRC / "bindings.cpp", module)]
+    sources = [(CSRC / name, module) for name in ("bindings.cpp", "bindings_cuda.cpp")]
     sources += [(path, _kernel_flags(sanitize, races)) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     sources += [(path, cpu) for path in sorted((CSRC / "cpu").glob("*.cpp"))]
     sources += _shim(sanitize, races)

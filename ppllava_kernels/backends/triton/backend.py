@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+from .. import products
+
 _installed = importlib.util.find_spec("triton") is not None
 # Triton reads it when a kernel is defined, so that a later change counts for nothing.
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,3 +61,25 @@ def prompt_guided_pool3d(*arguments):
     from . import prompt_guided_pool3d as kernels
 
     return kernels.prompt_guided_pool3d(*arguments)
+
+
+def guide_relevance(*arguments):
+    from . import guide_relevance as kernels
+
+    return kernels.guide_relevance(*arguments)
+
+
+def guide_relevance_backward(*arguments):
+    return products.guide_relevance_backward(*arguments)
+
+
+def hidden_pool3d(*arguments):
+    from . import hidden_pool3d as kernels
+
+    return kernels.hidden_pool3d(*arguments)
+
+
+def hidden_pool3d_backward(*arguments):
+    from . import hidden_pool3d as kernels
+
+    return products.hidden_pool3d_backward(kernels, *arguments)

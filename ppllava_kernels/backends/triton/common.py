@@ -44,6 +44,25 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Of a matrix product: rows and columns of the result in one program, and the depth that is loaded at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    registers: int | None = None
+
+    def arguments(self, x: Tensor) -> dict:
+        """Blocks, and how exact the product of x is: in float32 as torch.set_float32_matmul_precision says."""
+        exact = x.element_size() == 2 or torch.get_float32_matmul_precision() == "highest"
+        return dict(
+            BLOCK_M=self.rows, BLOCK_N=self.columns, BLOCK_K=self.depth, PRECISION="ieee" if exact else "tf32",
+            WIDEN=_interpreted and x.dtype == torch.bfloat16,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     """The launch knobs of every kernel, for an H200; bytes and not channels, so that they hold for any dtype."""
 
@@ -54,6 +73,10 @@ class Config:
     backward_windows: Tile = Tile(2, 4096, 4, 96)
     backward_patches: Tile = Tile(1, 2048, 1, 96)  # where no patch lies in two windows, else
     backward_overlap: Tile = Tile(4, 1024, 1, 96)
+    product: Product = Product(128, 128, 64, 8)  # of 16 bits, on wgmma
+    exact_product: Product = Product(64, 64, 32, 4)  # of float32, whose every bit counts
+    row_statistics: Tile = Tile(8, 2048, 4)
+    hidden_backward: Tile = Tile(4, 1024, 4, 168)
     neighbours: int = 4  # patches in one program of backward_patches
     frames: Tile = Tile(512, 4, 4)  # of the kernels that read no channels
     lanes: int = 32  # terms of a weighted sum that are found at a time
@@ -61,6 +84,11 @@ class Config:
 
 
 CONFIG = Config()
+_interpreted = triton.knobs.runtime.interpret  # there tl.dot takes bfloat16 for integers, so that it gets float32
+
+
+def product_of(x: Tensor) -> Product:
+    return CONFIG.product if x.element_size() == 2 else CONFIG.exact_product
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,15 @@ from .common import (
 
 
 @triton.jit
+def window_box(ot, oh, ow, frames, H, W, OT, OH, OW, KT, KH, KW, JT, JH, JW, KERNEL: tl.constexpr):
+    """Where the windows (ot, oh, ow) of a clip of so many frames begin and end."""
+    t0, t1 = axis_begin(ot, frames, OT, KT, JT, KERNEL), axis_end(ot, frames, OT, KT, JT, KERNEL)
+    h0, h1 = axis_begin(oh, H, OH, KH, JH, KERNEL), axis_end(oh, H, OH, KH, JH, KERNEL)
+    w0, w1 = axis_begin(ow, W, OW, KW, JW, KERNEL), axis_end(ow, W, OW, KW, JW, KERNEL)
+    return t0, h0, w0, t1, h1, w1
+
+
+@triton.jit
 def find_window(
     window, clips, batch, T, H, W, OT, OH, OW, KT, KH, KW, JT, JH, JW,
     BATCH: tl.constexpr, RAGGED: tl.constexpr, KERNEL: tl.constexpr,
@@ -26,10 +35,9 @@ def find_window(
     """(clip, its first frame, its frames, pooled frame in it), and where the window begins and ends."""
     b, ot = clip_of(clips, window // (OH * OW), 2, OT, batch, BATCH, RAGGED)
     first, frames = clip_frames(clips, b, T, batch, RAGGED)
-    oh, ow = window // OW % OH, window % OW
-    t0, t1 = axis_begin(ot, frames, OT, KT, JT, KERNEL), axis_end(ot, frames, OT, KT, JT, KERNEL)
-    h0, h1 = axis_begin(oh, H, OH, KH, JH, KERNEL), axis_end(oh, H, OH, KH, JH, KERNEL)
-    w0, w1 = axis_begin(ow, W, OW, KW, JW, KERNEL), axis_end(ow, W, OW, KW, JW, KERNEL)
+    t0, h0, w0, t1, h1, w1 = window_box(
+        ot, window // OW % OH, window % OW, frames, H, W, OT, OH, OW, KT, KH, KW, JT, JH, JW, KERNEL
+    )
     return b, first, frames, ot, t0, h0, w0, t1, h1, w1
 
 

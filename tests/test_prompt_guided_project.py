@@ -1,0 +1,200 @@
+"""prompt_guided_project and weighted_project: every backend against the definition, in the order of the original."""
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    F32,
+    F64,
+    GUIDE,
+    LAYERS,
+    LAYOUTS,
+    Case,
+    check,
+    check_dtypes,
+    cu_frames_of,
+    make_projector_inputs,
+    run,
+    with_layouts,
+)
+
+from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
+from ppllava_kernels.backends import products
+
+OP = "prompt_guided_project"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of 7 patches, less than a frame, and 32 channels: windows lie in several tiles."""
+    monkeypatch.setattr(products, "TILE", {"cpu": (7, 32), "cuda": (7, 32)})
+
+
+# With few windows the second layer's backward is a product of few rows, which libraries sum in another way.
+PROJECTED = CASES | {"many_channels": Case((1, 2, 6, 6), (130, 300))}
+MATRIX = [(case, dtypes) for case in PROJECTED for dtypes in ("fp32", "bf16")]
+MATRIX += [(case, dtypes) for case in ("leftover", "adaptive_up", "ragged") for dtypes in ("fp16", "mixed", "fp64")]
+
+
+@pytest.mark.parametrize(("case", "dtypes"), MATRIX)
+def test_against_reference(case, dtypes, place):
+    check_dtypes(OP, PROJECTED[case], dtypes, place)
+
+
+@pytest.mark.parametrize("case", ["overlap", "ragged_adaptive"])
+def test_windows_across_tiles(case, place, small_tiles):
+    check_dtypes(OP, CASES[case], "fp32", place)
+
+
+TILED = [(case, dtypes) for case in ("leftover", "gaps", "adaptive_overlap", "ragged") for dtypes in ("bf16", "fp64")]
+
+
+@pytest.mark.parametrize(("case", "dtypes"), [*TILED, ("many_channels", "fp32"), ("many_channels", "bf16")])
+def test_tiles_of_the_library(case, dtypes, small_tiles):
+    check_dtypes(OP, PROJECTED[case], dtypes, ("cpp", "cpu"))
+
+
+LARGE_WINDOWS = {
+    "global": Case((1, 6, 5, 5), (8, 16), dict(kernel_size=(6, 5, 5))),  # more patches than a tile has rows
+    "adaptive": Case((2, 7, 6, 6), (8, 16), dict(output_size=(1, 1, 2))),
+    "ragged": Case((9, 5, 6), (8, 16), dict(output_size=1), (0, 1, 9)),
+}
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", LARGE_WINDOWS)
+def test_windows_larger_than_a_tile(case, dtypes, place):
+    check(OP, LARGE_WINDOWS[case], make_projector_inputs(LARGE_WINDOWS[case], DTYPES[dtypes]), place)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("case", ["leftover", "overlap", "adaptive_up", "ragged", "ragged_adaptive"])
+def test_scores_of_another_guide(case, weights, place):
+    inputs = make_projector_inputs(CASES[case], DTYPES["mixed"])
+    check("weighted_project", CASES[case], inputs | ({} if weights else {"weights": None}), place)
+
+
+@pytest.mark.parametrize(("case", "layout"), with_layouts("divisible", "ragged_adaptive"))
+def test_strides(case, layout, place):
+    """Of the features; weights that are transposed, as those of a Conv1D, are taken, too."""
+    inputs = make_projector_inputs(CASES[case])
+    inputs["features"] = LAYOUTS[layout](inputs["features"])
+    inputs |= {
+        name: inputs[name].t().contiguous().t() for name in ("guide_weight", "linear_1_weight", "linear_2_weight")
+    }
+    vectors = ("norm_weight", "norm_bias", "linear_1_bias", "linear_2_bias")
+    inputs |= {name: torch.stack([inputs[name], torch.full_like(inputs[name], torch.nan)], 1)[:, 0] for name in vectors}
+    check(OP, CASES[case], inputs, place)
+
+
+@pytest.mark.parametrize("missing", ["norm_weight", "norm_bias", "linear_1_bias", "linear_2_bias", "all"])
+def test_without_biases(missing, place):
+    inputs = make_projector_inputs(CASES["leftover"])
+    names = [missing] if missing != "all" else ["norm_weight", "norm_bias", "linear_1_bias", "linear_2_bias"]
+    check(OP, CASES["leftover"], inputs | dict.fromkeys(names), place)
+
+
+def test_is_original_order(backend):
+    """Layer by layer, in float64 or float32, as a model does: pooling comes last."""
+    dtype = F64 if backend in ("reference", "cpp") else F32
+    case = CASES["ragged"]
+    x = {k: v.to(torch.get_default_device(), dtype) for k, v in make_projector_inputs(case, DTYPES["fp64"]).items()}
+    cu_frames = cu_frames_of(case)
+    normed = torch.nn.functional.layer_norm(x["features"], x["features"].shape[-1:], *(x[k] for k in GUIDE[:2]), 1e-5)
+    embeds, text = normed @ x["guide_weight"].T, x["text_embeds"]
+    relevance = []
+    for b, clip in enumerate(embeds.split(cu_frames.diff().tolist())):
+        cosine = torch.nn.functional.cosine_similarity(clip, text[b], dim=-1)
+        relevance.append((x["logit_scale"] * cosine).flatten().softmax(0).view_as(cosine))
+    relevance = torch.cat(relevance)
+    hidden = torch.nn.functional.gelu(x["features"] @ x["linear_1_weight"].T + x["linear_1_bias"])
+    values = hidden @ x["linear_2_weight"].T + x["linear_2_bias"]
+    expected = weighted_pool3d(values, relevance, **case.window, cu_frames=cu_frames, backend="reference")
+    del x["weights"]
+    actual = prompt_guided_project(
+        **x, norm_eps=1e-5, **case.window, cu_frames=cu_frames, backend=backend, return_relevance=True
+    )
+    tolerance = 1e-11 if dtype == F64 else 1e-4
+    torch.testing.assert_close(actual, (expected, relevance), rtol=tolerance, atol=tolerance)
+    layers = {name: x[name] for name in LAYERS}
+    pooled = weighted_project(x["features"], relevance, **layers, **case.window, cu_frames=cu_frames, backend=backend)
+    torch.testing.assert_close(pooled, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_patch_that_the_guide_maps_to_zero(place):
+    """A patch without variance is zero after a layer norm without bias: cosine 0, and no gradient through it."""
+    case = CASES["divisible"]
+    inputs = make_projector_inputs(case) | {"norm_bias": None}
+    inputs["features"][0, 1, 1, 2] = 3.0
+    backend, device = place
+    there = {k: v if v is None else v.to(device) for k, v in inputs.items()}
+    outputs, expected = run(OP, case, there, backend), run(OP, case, inputs, "reference")
+    for name, x in outputs.items():
+        assert x.isfinite().all(), name
+        # Near zero the layer norm amplifies what is left of rounding.
+        if name in ("output", "relevance"):
+            torch.testing.assert_close(x.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_nan_stays_in_its_video(place):
+    backend, device = place
+    for case in (CASES["divisible"], CASES["ragged"]):
+        inputs = make_projector_inputs(case)
+        clean = {k: v.to(device) for k, v in inputs.items() if k != "weights"}
+        inputs["features"][(0,) if case.cu_frames is None else slice(0, 2)] = torch.nan
+        dirty = {k: v.to(device) for k, v in inputs.items() if k != "weights"}
+        options = dict(norm_eps=1e-5, **case.window, cu_frames=cu_frames_of(case), backend=backend)
+        expected, actual = prompt_guided_project(**clean, **options), prompt_guided_project(**dirty, **options)
+        assert actual[0].isnan().all()
+        assert torch.equal(actual[1:], expected[1:])
+
+
+def test_rows_far_from_zero(place):
+    """The mean of a row may be far larger than its spread: it is subtracted before anything is multiplied."""
+    case = CASES["leftover"]
+    inputs = make_projector_inputs(case)
+    inputs["features"] = inputs["features"] + 30.0
+    check(OP, case, inputs, place)
+
+
+def test_same_bits_every_time(place):
+    backend, device = place
+    inputs = {k: v.to(device) for k, v in make_projector_inputs(CASES["ragged"], DTYPES["bf16"]).items()}
+    first, second = (run(OP, CASES["ragged"], inputs, backend) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def test_autocast(place):
+    """float32 weights and features are multiplied in autocast's dtype; the relevance stays float32."""
+    backend, device = place
+    case = CASES["leftover"]
+    inputs = {k: v.to(device).requires_grad_() for k, v in make_projector_inputs(case).items() if k != "weights"}
+    options = dict(norm_eps=1e-5, **case.window, backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        pooled, relevance = prompt_guided_project(**inputs, **options, return_relevance=True)
+    names = ("features", *GUIDE, *LAYERS)
+    low = {k: v.detach().bfloat16() if k in names else v.detach() for k, v in inputs.items()}
+    assert torch.equal(pooled, prompt_guided_project(**low, **options))
+    assert (pooled.dtype, relevance.dtype) == (torch.bfloat16, torch.float32)
+    (pooled.float().square().mean() + relevance.square().sum()).backward()
+    for name, x in inputs.items():
+        assert x.grad.dtype == torch.float32, name
+        assert x.grad.isfinite().all(), name
+        assert x.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "wanted", ["features", "text_embeds", "norm_weight", "guide_weight", "linear_1_bias", "logit_scale"]
+)
+def test_only_what_is_asked_for(wanted):
+    """With the gradient of one tensor alone, the others cost nothing and it is the same."""
+    case = CASES["leftover"]
+    inputs = {k: v for k, v in make_projector_inputs(case).items() if k != "weights"}
+    options = dict(norm_eps=1e-5, **case.window, backend="cpp")
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    prompt_guided_project(**leaves, **options).square().sum().backward()
+    alone = inputs | {wanted: inputs[wanted].clone().requires_grad_()}
+    prompt_guided_project(**alone, **options).square().sum().backward()
+    torch.testing.assert_close(alone[wanted].grad, leaves[wanted].grad, rtol=1e-6, atol=1e-7)
