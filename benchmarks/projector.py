@@ -66,10 +66,11 @@ def plan(args: argparse.Namespace) -> list[Case]:
         triples = [(name, "bf16", d) for d in DIRECTIONS for name in main] + [(long[-2], "bf16", "forward")]
         triples += [(name, "bf16", "forward") for name in (*short, *long)] + [(name, "bf16", BOTH) for name in short]
     else:
-        (clip, siglip, clip_32), forward = short[:3], "forward"
+        (clip, siglip, clip_32, siglip_32, *both_128), forward = short, "forward"
         triples = [(clip, "fp32", forward), (clip, "bf16", forward), (clip, "bf16", BOTH), (siglip, "bf16", forward)]
         triples += [(siglip, "fp32", forward), (clip, "fp32", BOTH), (clip_32, "bf16", forward)]
         triples += [(siglip, "bf16", BOTH), (siglip, "fp32", BOTH)]
+        triples += [(name, "bf16", forward) for name in (siglip_32, *both_128)]
     if args.shapes or args.dtypes:
         shapes = args.shapes or dict.fromkeys(name for name, _, _ in triples)
         dtypes = args.dtypes or dict.fromkeys(dtype for _, dtype, _ in triples)

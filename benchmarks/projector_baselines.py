@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ppllava_kernels
+from ppllava.guide import FRAMES
 from ppllava_kernels.backends import reference
 from ppllava_kernels.shapes import make_window
 
@@ -79,7 +80,13 @@ def ours(shape: ProjectorShape, backend: str | None) -> Peer:
         if not shape.mlp_channels:
             return ppllava_kernels.prompt_guided_project(**t, norm_eps=CLIP_EPS, **{**window, **guide})
         features = t["features"]
-        relevance = ppllava_kernels.prompt_relevance(embed_patches(features, t), t["text_embeds"], **guide)
+        # A few frames at a time, as PPLlavaGuide.look: the MLP is wider than all else.
+        parts = features.split(FRAMES, 1)
+        if torch.is_grad_enabled():
+            embeds = [checkpoint(embed_patches, part, t, use_reentrant=False) for part in parts]
+        else:
+            embeds = [embed_patches(part, t) for part in parts]
+        relevance = ppllava_kernels.prompt_relevance(torch.cat(embeds, 1), t["text_embeds"], **guide)
         return ppllava_kernels.weighted_project(features, relevance, **layers(t), **window)
 
     return run

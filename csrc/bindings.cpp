@@ -124,9 +124,8 @@ void pool_hidden_backward(
   PPLLAVA_CALL(pool_hidden_backward, args);
 }
 
-void score_rows(
-    const at::Tensor& cosines, const OptionalTensor& norms, const at::Tensor& embeds, const at::Tensor& text) {
-  const ScoreArgs args = score_of(kCpu, cosines, norms, embeds, text);
+void score_rows(const at::Tensor& cosines, const at::Tensor& embeds, const at::Tensor& text) {
+  const ScoreArgs args = score_of(kCpu, cosines, embeds, text);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(score_rows, args);
 }

@@ -153,11 +153,9 @@ void pool_hidden_backward(
   check_launch(cuda::pool_hidden_backward(args, on.stream));
 }
 
-void score_rows(
-    const at::Tensor& cosines, const OptionalTensor& norms, const at::Tensor& embeds, const at::Tensor& text,
-    intptr_t stream) {
+void score_rows(const at::Tensor& cosines, const at::Tensor& embeds, const at::Tensor& text, intptr_t stream) {
   const Place on(embeds, stream);
-  check_launch(cuda::score_rows(score_of(on, cosines, norms, embeds, text), on.stream));
+  check_launch(cuda::score_rows(score_of(on, cosines, embeds, text), on.stream));
 }
 
 }  // namespace

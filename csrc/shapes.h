@@ -98,12 +98,12 @@ struct TileArgs : PoolArgs {  // values: data and dtype; channels: of the tile; 
   int64_t step;  // from one row of pooled or grad to the next
 };
 
-// cosines[i] = cos(embeds[i], text), norms[i] = |embeds[i]|
+// cosines[i] = cos(embeds[i], text)
 struct ScoreArgs {
-  const void* embeds;     // [rows, C]
-  const void* text;       // [C] in the accumulator's dtype
-  void *cosines, *norms;  // [rows] in the accumulator's dtype; norms may be null
-  Dtype dtype;            // of embeds
+  const void* embeds;  // [rows, C]
+  const void* text;    // [C] in the accumulator's dtype
+  void* cosines;       // [rows] in the accumulator's dtype
+  Dtype dtype;         // of embeds
   int64_t rows, channels;
 };
 

@@ -160,13 +160,11 @@ inline void* from_channel(void* rows, const at::Tensor& x, int64_t channel) {
 }
 
 inline ScoreArgs score_of(
-    const Tensors& on, const at::Tensor& cosines, const OptionalTensor& norms, const at::Tensor& embeds,
-    const at::Tensor& text) {
+    const Tensors& on, const at::Tensor& cosines, const at::Tensor& embeds, const at::Tensor& text) {
   TORCH_CHECK(embeds.dim() == 2 && text.numel() == embeds.size(1), "expected embeds [rows, C] and text [C]");
   const int64_t rows = embeds.size(0);
-  TORCH_CHECK(
-      cosines.numel() == rows && (!norms || norms->numel() == rows), "expected a cosine and a norm for each row");
-  return {on.data(embeds), on.data(text), on.data(cosines), on.data(norms), dtype_of(embeds), rows, embeds.size(1)};
+  TORCH_CHECK(cosines.numel() == rows, "expected a cosine for each row");
+  return {on.data(embeds), on.data(text), on.data(cosines), dtype_of(embeds), rows, embeds.size(1)};
 }
 
 }  // namespace ppllava

@@ -199,6 +199,8 @@ def check_projector(
 
 def _check_weight(name: str, weight: Tensor | None, shape: str, before: str, x: Tensor) -> None:
     """`weight` [out, in] takes what `before`, x [..., in], gives."""
+    if weight is not None and weight.dim() == 2 and 0 in weight.shape:
+        raise ValueError(f"{name} must not be empty, got {list(weight.shape)}; pass the weight of nn.Linear, [out, in]")
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[-1]):
         given = list(x.shape if before == "features" else x.t().shape)
         raise ValueError(

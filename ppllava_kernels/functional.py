@@ -316,7 +316,8 @@ def _given(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
 def _autocast(features: Tensor, *weights: dict[str, Tensor | None]) -> tuple:
     """features and weights in the dtype that autocast, where it is on, gives to matrix products."""
     device = features.device.type
-    if not torch.is_autocast_enabled(device) or features.dtype == torch.float64:
+    able = torch.amp.is_autocast_available(device)  # not so on meta tensors
+    if not able or not torch.is_autocast_enabled(device) or features.dtype == torch.float64:
         return features, *weights
     dtype = torch.get_autocast_dtype(device)
     cast = [{name: x if x is None else x.to(dtype) for name, x in some.items()} for some in weights]

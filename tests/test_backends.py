@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import GUIDE, LAYERS, Case, make_projector_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppllava_kernels
-from ppllava_kernels import weighted_pool3d
-from ppllava_kernels.backends import BACKENDS, cpp, cuda
+from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
+from ppllava_kernels.backends import BACKENDS, PROJECTOR, best_backend, cpp, cuda
 
 VALUES = torch.randn(2, 4, 6, 6, 8)  # [B, T, H, W, D]
 WINDOW = dict(kernel_size=(2, 3, 3))
@@ -147,3 +149,63 @@ def test_architectures(built, gpu, runs):
 def test_best_first():
     assert list(BACKENDS) == ["cuda", "cpp", "triton", "reference"]
     assert ppllava_kernels.compatible_backends(VALUES)[0] == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("can", "pool", "project"),
+    [
+        ({"cpp", "triton", "reference"}, "cpp", "cpp"),  # CPU tensors, where Triton is in its interpreter
+        ({"cuda", "triton", "reference"}, "cuda", "triton"),
+        ({"cuda", "reference"}, "cuda", "cuda"),
+        ({"triton", "reference"}, "triton", "triton"),
+        ({"reference"}, "reference", "reference"),
+    ],
+)
+def test_the_order_of_the_projector(can, pool, project, monkeypatch):
+    for name, backend in BACKENDS.items():
+        monkeypatch.setattr(backend, "why_not", lambda *tensors, name=name: None if name in can else "it cannot")
+    assert best_backend(VALUES) == pool == ppllava_kernels.compatible_backends(VALUES)[0]
+    assert best_backend(VALUES, order=PROJECTOR) == project
+    assert set(PROJECTOR) == set(BACKENDS)
+
+
+class Chosen(TorchDispatchMode):
+    """The backends that the registered ops of a block are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        if function.namespace == "ppllava_kernels":
+            self.names[function._opname] = next(x for x in arguments if isinstance(x, str))
+        return function(*arguments, **(kwargs or {}))
+
+
+def project(**options):
+    """The backends of both ops of the projector, forward and backward."""
+    case = Case((1, 2, 1, 2), (3, 2), dict(kernel_size=(1, 1, 2)))
+    x = {name: v.requires_grad_() for name, v in make_projector_inputs(case).items()}
+    layers = {name: x[name] for name in LAYERS}
+    guide = {name: x[name] for name in ("text_embeds", *GUIDE)}
+    with Chosen() as chosen:
+        tokens = prompt_guided_project(x["features"], **guide, norm_eps=1e-5, **layers, **case.window, **options)
+        tokens.sum().backward()
+        weighted_project(x["features"], x["weights"], **layers, **case.window, **options).sum().backward()
+    return chosen.names
+
+
+OPS = ("guide_relevance", "hidden_pool3d", "hidden_pool3d_backward", "guide_relevance_backward")
+
+
+def test_none_takes_cpp_on_the_cpu():
+    assert project() == project(backend=None) == dict.fromkeys(OPS, "cpp")
+    assert project(backend="reference") == {}
+
+
+@pytest.mark.interpreter
+def test_the_projector_where_cpp_was_not_built(monkeypatch):
+    monkeypatch.setattr(cpp, "missing", "the C++ extension is not there")
+    assert project() == dict.fromkeys(OPS, "triton")
+    with pytest.raises(ValueError, match=r"^backend='cpp' cannot run: the C\+\+ extension is not there$"):
+        project(backend="cpp")

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from cases import CASES, cu_frames_of, make_inputs
+from cases import CASES, LAYERS, OPS, Case, cu_frames_of, make_inputs, make_projector_inputs
 
 import ppllava_kernels
-from ppllava_kernels import library, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
+from ppllava_kernels import (
+    library,
+    prompt_guided_pool3d,
+    prompt_guided_project,
+    prompt_relevance,
+    weighted_pool3d,
+    weighted_project,
+)
 
 KERNEL, ADAPTIVE = dict(kernel_size=(2, 3, 3)), dict(output_size=(2, 2, 1))
 RAGGED = torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -48,12 +55,47 @@ def op_arguments():
             yield "weighted_pool3d_backward", (*arguments, False, True)
 
 
+def projector(frames=4, ragged=False):
+    """Inputs of prompt_guided_project with their names, and weights; of two clips of 2 and 4 frames where ragged."""
+    case = Case((6, 3, 3) if ragged else (2, frames, 3, 3), (5, 7), cu_frames=(0, 2, 6) if ragged else None)
+    return {name: x.requires_grad_() for name, x in make_projector_inputs(case, seed=frames).items()}
+
+
+def projector_arguments():
+    """(name, arguments) of the projector's registered ops, with and without what is optional."""
+    for cu_frames in (None, RAGGED):
+        x = projector(3, ragged=cu_frames is not None)
+        y = {name: v.detach() for name, v in x.items()}
+        where = (cu_frames, "cpp")
+        for norm, scale in (("norm_weight", "logit_scale"), (None, None)):
+            # Optional tensors are there or not.
+            guide = ("features", "text_embeds", scale, 1.0, norm, norm and "norm_bias", 1e-5, "guide_weight")
+            yield "guide_relevance", (*(named(x, name) for name in guide), *where)
+            detached = *(named(y, name) for name in guide), *where
+            outputs = library.ops.guide_relevance(*detached)
+            for need in (True, norm is not None, True), (False, False, False):
+                yield "guide_relevance_backward", (outputs[0], *outputs, *detached, *need)
+        for window in ((2, 3, 3), (2, 3, 3), ()), ((), (), (2, 2, 1)):
+            for weights, bias in (("weights", "linear_1_bias"), (None, None)):
+                inputs = ("features", weights, "linear_1_weight", bias)
+                yield "hidden_pool3d", (*(named(x, name) for name in inputs), *window, 0.01, *where)
+                detached = (*(named(y, name) for name in inputs), *window, 0.01, *where)
+                grad = library.ops.hidden_pool3d(*detached)
+                for need in (True, weights is not None, True), (False, False, False):
+                    yield "hidden_pool3d_backward", (grad, *detached, *need)
+
+
+def named(tensors, x):
+    return tensors[x] if isinstance(x, str) else x
+
+
 @pytest.mark.parametrize(
-    ("op", "arguments"), [pytest.param(*x, id=f"{x[0]}-{n}") for n, x in enumerate(op_arguments())]
+    ("op", "arguments"),
+    [pytest.param(*x, id=f"{x[0]}-{n}") for n, x in enumerate((*op_arguments(), *projector_arguments()))],
 )
 def test_opcheck(op, arguments):
     # Without the NaN fill: opcheck wants two runs to be equal, and unneeded outputs are empty.
-    ragged_kernel = arguments[-2 if "backward" not in op else -4] is not None and any(x == (2, 3, 3) for x in arguments)
+    ragged_kernel = arguments[arguments.index("cpp") - 1] is not None and (2, 3, 3) in arguments
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not ragged_kernel:  # the number of pooled frames depends on data, which aot_dispatch cannot trace by default
         tests.append("test_aot_dispatch_dynamic")
@@ -132,6 +174,96 @@ def test_compile_ragged(window, backend):
         torch.testing.assert_close(a, e)
 
 
+def project(cu_frames=None, backend="cpp", **window):
+    """prompt_guided_project, its relevance, and weighted_project of that, as a function of tensors in order."""
+
+    def function(*tensors):
+        x = dict(zip(OPS["prompt_guided_project"], tensors))
+        options = dict(cu_frames=cu_frames, backend=backend, temperature=0.3, **window)
+        tokens, relevance = prompt_guided_project(**x, norm_eps=1e-5, return_relevance=True, **options)
+        layers = {name: x[name] for name in LAYERS}
+        return tokens + 2 * weighted_project(x["features"], relevance.square(), **layers, **options)
+
+    return function
+
+
+def projected(frames=4, ragged=False):
+    x = projector(frames, ragged)
+    return tuple(x[name] for name in OPS["prompt_guided_project"])
+
+
+@pytest.mark.parametrize(
+    ("window", "compiler"), [(KERNEL, "inductor"), (ADAPTIVE, "aot_eager")], ids=["kernel", "adaptive"]
+)
+def test_compile_the_projector(window, compiler):
+    """One graph for any number of frames, forward and backward; products and gradients of all weights."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    function = project(**window)
+    torch._dynamo.reset()
+    counted = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    for frames in (4, 7):
+        expected = results(function, projected(frames))
+        for actual in (results(counted, projected(frames)), results(compiled, projected(frames))):
+            for a, e in zip(actual, expected):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("window", "backend"),
+    [(KERNEL, "cpp"), (ADAPTIVE, "cpp"), (dict(kernel_size=(1, 3, 3)), "triton")],
+    ids=["cpp-kernel", "cpp-adaptive", "triton-frame"],
+)
+def test_compile_the_projector_ragged(window, backend):
+    function = project(RAGGED, backend, **window)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, e in zip(results(compiled, projected(ragged=True)), results(function, projected(ragged=True))):
+        torch.testing.assert_close(a, e)
+
+
+def test_compile_the_projector_under_autocast():
+    """As without torch.compile: products in bfloat16, scores in float32, gradients in the dtype of the weights."""
+    function = project(**KERNEL)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = results(compiled, projected()), results(function, projected())
+    assert actual[0].dtype == torch.bfloat16
+    for name, a, e in zip(("tokens", *OPS["prompt_guided_project"]), actual, expected):
+        assert a.dtype == (torch.bfloat16 if name == "tokens" else torch.float32), name
+        torch.testing.assert_close(a, e)
+
+
+def test_compile_keeps_the_projector_in_two_ops():
+    """And the second layer, a product that the compiler may fuse with what follows."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def record(graph, example_inputs):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    def function(*tensors):
+        x = dict(zip(OPS["prompt_guided_project"], tensors))
+        return prompt_guided_project(**x, norm_eps=1e-5, backend="cpp", **KERNEL)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    compiled(*projected()).sum().backward()
+    forward, backward = ([name.split(".")[1] for name in names if "ppllava_kernels" in name] for names in seen)
+    assert forward == ["guide_relevance", "hidden_pool3d"]
+    assert backward == ["hidden_pool3d_backward", "guide_relevance_backward"]
+    assert sum("addmm" in name for name in seen[0]) == 1
+
+
 def test_compile_finds_a_bad_cu_frames():
     """Its values are checked when the compiled function runs, not only when it is traced."""
     function = lambda v, cu: weighted_pool3d(v, None, cu_frames=cu, backend="cpp", **ADAPTIVE)  # noqa: E731
@@ -158,6 +290,23 @@ def test_export(backend):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_export_the_projector(backend):
+    class Project(torch.nn.Module):
+        def forward(self, features, *rest):
+            return project(backend=backend, **KERNEL)(features, *rest)
+
+    # Of the 2 frames of each window: with any number of frames PyTorch's linear layer, after a pooling, has a guard.
+    frames = 2 * torch.export.Dim("windows", min=2, max=32)
+    rest = tuple(None for _ in projected()[1:])
+    program = torch.export.export(
+        Project(), tuple(x.detach() for x in projected(4)), dynamic_shapes=({1: frames}, rest)
+    )
+    for n in (4, 10):
+        tensors = [x.detach() for x in projected(n)]
+        torch.testing.assert_close(program.module()(*tensors), Project()(*tensors))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_autocast_leaves_scores_alone(backend):
     """A blanket cast to bfloat16 would round the weights by up to 0.2 in the exponent at temperature 0.01."""
     values, weights = torch.randn(1, 4, 3, 3, 8), torch.rand(1, 4, 3, 3)
@@ -170,11 +319,29 @@ def test_autocast_leaves_scores_alone(backend):
             assert torch.equal(prompt_relevance(image, text, backend=backend), relevance)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autocast_leaves_the_projectors_scores_alone(backend):
+    """Features and weights are cast, scores of another guide are not."""
+    x = {name: v.detach() for name, v in projector().items()}
+    layers = {name: x[name] for name in LAYERS}
+    low = {name: v.bfloat16() for name, v in layers.items()}
+    expected = weighted_project(x["features"].bfloat16(), x["weights"], **low, backend=backend, **KERNEL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = weighted_project(x["features"], x["weights"], **layers, backend=backend, **KERNEL)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
+
+
 def test_meta_tensors_have_shapes():
     values, image, text = (x.to("meta") for x in inputs())
     pooled, relevance = prompt_guided_pool3d(values, image, text, return_relevance=True, backend="reference", **KERNEL)
     assert pooled.shape == (2, 2, 1, 1, 24)
     assert relevance.shape == (2, 4, 3, 3)
+
+
+def test_meta_tensors_have_shapes_of_the_projector():
+    tokens = project(backend="reference", **KERNEL)(*(x.to("meta") for x in projected()))
+    assert tokens.shape == (2, 2, 1, 1, 7)
 
 
 def test_module_in_a_compiled_model():

@@ -180,7 +180,6 @@ void scores(const ScoreArgs& a) {
       dot_rows<true, T>(&dot, &square, &row, 1, 1, text, a.channels);
       const double norm = std::sqrt(static_cast<double>(square));
       static_cast<Acc*>(a.cosines)[i] = static_cast<Acc>(dot / (clamped(norm) * length));
-      if (a.norms) static_cast<Acc*>(a.norms)[i] = static_cast<Acc>(norm);
     }
   });
 }

@@ -55,7 +55,6 @@ __device__ void cosines_of_rows(const ScoreArgs& a, int64_t first) {
     const float norm = sqrtf(warp_sum(square[j])), cosine = warp_sum(dot[j]) / clamped(norm) / length;
     if (lane_id() != 0 || first + j >= a.rows) continue;
     static_cast<float*>(a.cosines)[first + j] = cosine;
-    if (a.norms) static_cast<float*>(a.norms)[first + j] = norm;
   }
 }
 

@@ -99,8 +99,8 @@ def hidden_pool3d_backward(*arguments):
 # What backends/products.py asks of a backend.
 
 
-def score_rows(cosines, norms, embeds, text):
-    _C.score_rows(cosines, norms, embeds, text)
+def score_rows(cosines, embeds, text):
+    _C.score_rows(cosines, embeds, text)
 
 
 def window_shares(features, weights, temperature, plan):

@@ -165,8 +165,8 @@ def hidden_pool3d_backward(features, *arguments):
 # What backends/products.py asks of a backend, inside of `_device`.
 
 
-def score_rows(cosines, norms, embeds, text):
-    _C.cuda_score_rows(cosines, norms, embeds, text, _stream(embeds))
+def score_rows(cosines, embeds, text):
+    _C.cuda_score_rows(cosines, embeds, text, _stream(embeds))
 
 
 def window_shares(features, weights, temperature, plan):

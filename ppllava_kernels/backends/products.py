@@ -3,7 +3,7 @@
 `kernels` is the module of that backend:
 
     make_plan(features, window, cu_frames)                    what its kernels want to know of the windows
-    score_rows(cosines, None, embeds, text)                   cosines [R] of embeds [R, C] with text [C]
+    score_rows(cosines, embeds, text)                         cosines [R] of embeds [R, C] with text [C]
     window_shares(features, weights, temperature, plan)       shares [slots]: for each window those of its patches
     window_shares_backward(weights, shares, dots, features, temperature, plan)  gradient of weights, from g_o . h_i
     pool_hidden(sums, z, bias, shares, first, channel, features, plan)          sums[o] += sum_i p_oi gelu(z_i + b)
@@ -93,10 +93,12 @@ def _normalise(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     return torch.native_layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
 
-def _split(x: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
-    """x [B, T, H, W] or [F, H, W], contiguous, as a vector for each clip."""
+def _by_clip(x: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    """x [B, T, H, W] or [F, H, W], contiguous, as rows [clips, patches]: clips of one length are rows together."""
+    if len(set(counts)) == 1:
+        return [x.view(len(counts), -1)]
     patches = x.shape[-2] * x.shape[-1]
-    return x.view(-1).split([count * patches for count in counts])
+    return [clip[None] for clip in x.view(-1).split([count * patches for count in counts])]
 
 
 @_without_autocast
@@ -109,16 +111,14 @@ def guide_relevance(
     flat, guide = cosines.view(-1), _operand(guide_weight).t()
     for tile in tiles(features, counts):
         normed, _, _ = _normalise(tile.rows, norm_weight, norm_bias, norm_eps)  # [R, V]
-        kernels.score_rows(flat[tile.patches], None, _operand(normed) @ guide, text[tile.clip])
+        kernels.score_rows(flat[tile.patches], _operand(normed) @ guide, text[tile.clip])
     return softmax(cosines, scale if scale_tensor is None else scale * scale_tensor, counts), cosines
 
 
 def softmax(cosines: Tensor, scale: float | Tensor, counts: tuple[int, ...]) -> Tensor:
     """relevance of cosines [B, T, H, W] or [F, H, W]."""
-    logits = cosines * scale
-    if logits.dim() == 4:
-        return logits.flatten(1).softmax(1).view_as(logits)
-    return torch.cat([x.softmax(0) for x in _split(logits, counts)]).view_as(logits)
+    rows = [x.softmax(1).view(-1) for x in _by_clip(cosines * scale, counts)]
+    return torch.cat(rows).view_as(cosines)
 
 
 def grad_logits(grad: Tensor, relevance: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -127,10 +127,10 @@ def grad_logits(grad: Tensor, relevance: Tensor, counts: tuple[int, ...]) -> Ten
     Where one r is almost 1 its difference is far smaller than its g: in float32 rounding would be the gradient's error.
     """
     grads = []
-    for g, r in zip(_split(grad.contiguous(), counts), _split(relevance, counts)):
+    for g, r in zip(_by_clip(grad.contiguous(), counts), _by_clip(relevance, counts)):
         g, r = g.double(), r.double()
-        grads.append(r * (g - (r * g).sum() / r.sum()))
-    return torch.cat(grads)
+        grads.append(r * (g - (r * g).sum(1, keepdim=True) / r.sum(1, keepdim=True)))
+    return torch.cat([x.view(-1) for x in grads])
 
 
 @_without_autocast

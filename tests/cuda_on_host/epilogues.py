@@ -37,15 +37,15 @@ def run(kernels, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     plan = make_plan(features, make_window(**case.window), cu_frames)
     sums = torch.zeros(*plan.pooled_shape[:-1], width)
     grad = normal(*sums.shape)
-    cosines, norms = torch.empty(len(hidden)), torch.empty(len(hidden))
+    cosines = torch.empty(len(hidden))
     shares = kernels.window_shares(features, weights, temperature, plan)
     dots = torch.zeros_like(shares)
     usual, products.TILE = products.TILE, TILE
     for tile in products.tiles(features, clip_counts(features, cu_frames)):
         z = hidden[tile.patches]
-        kernels.score_rows(cosines[tile.patches], norms[tile.patches], z, text)
+        kernels.score_rows(cosines[tile.patches], z, text)
         kernels.pool_hidden(sums, z, bias, shares, tile.first, 0, features, plan)
         kernels.pool_hidden_backward(z, bias, shares, dots, grad, tile.first, 0, features, plan)
     products.TILE = usual
     grad_weights = kernels.window_shares_backward(weights, shares, dots, features, temperature, plan)
-    return dict(cosines=cosines, norms=norms, sums=sums, grad_hidden=hidden, grad_weights=grad_weights)
+    return dict(cosines=cosines, sums=sums, grad_hidden=hidden, grad_weights=grad_weights)
