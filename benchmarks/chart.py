@@ -22,7 +22,7 @@ from .report import (
     PROJECTOR_PEERS,
     REORDERED,
 )
-from .shapes import DIRECTIONS
+from .shapes import DIRECTIONS, PROJECTORS
 
 COLOURS = {
     "cuda": "#1b7837",
@@ -156,40 +156,55 @@ def draw_projector(path: Path) -> str:
     rows = [row for row in results["rows"] if row["status"] != "ok" or row["products_percent"]]
     if not any(row["status"] == "ok" for row in rows):
         return "left out the chart, there are no rows with times"
-    cases = list(dict.fromkeys((row["shape"], row["dtype"], row["direction"]) for row in rows))
-    variants = sorted({row["variant"] for row in rows}, key=[*COLOURS].index)
-    bar = 0.86 / len(variants)
-    size = 3 + len(cases) * (0.6 + 0.28 * len(variants)), 4.6
-    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
+    directions: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in rows:
-        place = cases.index((row["shape"], row["dtype"], row["direction"]))
-        x = place + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * bar
-        if row["status"] != "ok":
-            text = row["reason"] if row["reason"] == "out of memory" else row["status"]
-            axis.text(x, 0, f" {text}", rotation=90, ha="center", va="bottom", fontsize=8, color="firebrick")
-            continue
-        height = 100 / row["products_percent"]
-        axis.bar(x, height, 0.92 * bar, color=COLOURS[row["variant"]])
-        axis.text(x, height, f"{height:.2f}", ha="center", va="bottom", fontsize=8)
-    axis.axhline(1, color="black", linewidth=1)
-    axis.set_title(
-        "time over that of the matrix products that nobody avoids (shorter is better)", loc="left", fontsize=10
-    )
-    axis.set_xticks(
-        range(len(cases)), [f"{shape}\n{dtype}, {direction}" for shape, dtype, direction in cases], fontsize=8
-    )
-    axis.set_xlim(-0.55, len(cases) - 0.45)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(axis="x", length=0)
+        directions.setdefault(row["direction"], {}).setdefault((row["shape"], row["dtype"]), []).append(row)
+    names = [*PROJECTORS]
+    # A row of axes for up to CASES of one direction.
+    panels = [
+        (direction, sorted(cases.items(), key=lambda case: names.index(case[0][0]))[n : n + CASES])
+        for direction, cases in directions.items()
+        for n in range(0, len(cases), CASES)
+    ]
+    variants = sorted({row["variant"] for row in rows}, key=[*COLOURS].index)
+    bar, most = 0.86 / len(variants), max(len(cases) for _, cases in panels)
+    size = min(WIDTH, 3 + most * (0.6 + 0.28 * len(variants))), 1.6 + 2.8 * len(panels)
+    figure, axes = pyplot.subplots(len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (direction, cases) in zip(axes[:, 0], panels):
+        axis.axhline(1, color="black", linewidth=1)
+        for place, (_, some) in enumerate(cases):
+            for row in some:
+                _bar(axis, place + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * bar, bar, row)
+        axis.set_title(direction, loc="left", fontsize=11)
+        axis.set_xticks(range(len(cases)), [f"{shape}, {dtype}" for (shape, dtype), _ in cases], fontsize=10)
+        axis.set_xlim(-0.55, most - 0.45)  # bars of one width in all
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="x", length=0)
+    figure.supylabel("time over that of the matrix products that nobody avoids (shorter is better)", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in variants]
     names = [_label(name) for name in variants]
-    figure.legend(handles, names, ncols=min(len(names), 4), loc="outside upper left", frameon=False, fontsize=9)
+    figure.legend(handles, names, ncols=min(len(names), 4), loc="outside upper left", frameon=False, fontsize=10)
     figure.supxlabel(
         "both: forward and the gradients of features, text and all weights, in one call.\n"
         f"{report.machine_line(results['machine'])}",
-        fontsize=8,
+        fontsize=9,
     )
     return _save(pyplot, figure, path)
+
+
+CASES, WIDTH = 4, 14.0  # at most, in a row of axes, and of the figure in inches
+
+
+def _bar(axis, x: float, width: float, row: dict) -> None:
+    if row["status"] != "ok":
+        text = row["reason"] if row["reason"] == "out of memory" else row["status"]
+        axis.text(x, 1, f" {text}", rotation=90, ha="center", va="bottom", fontsize=9, color="firebrick")
+        return
+    height = 100 / row["products_percent"]
+    axis.bar(x, height, 0.92 * width, color=COLOURS[row["variant"]])
+    # Above the line of the products, not on it.
+    place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    axis.annotate(f"{height:.2f}", (x, max(height, 1)), fontsize=9, **place)
 
 
 def _label(variant: str) -> str:
@@ -249,6 +264,22 @@ def draw_throughput(path: Path) -> str:
 NO_MATPLOTLIB = "left out the chart, matplotlib is not installed"
 
 
+def refresh(folder: Path) -> None:
+    """Draw again where a file of results has no chart, or one of other results: a run that was stopped drew none."""
+    for path in sorted(path for name in DRAW for path in folder.glob(f"*/{name}.json")):
+        if not picture(path).exists() or _source(picture(path)) != fingerprint(path):
+            print(DRAW[path.stem](path))
+
+
+def _source(chart: Path) -> str | None:
+    try:
+        from PIL import Image  # comes with matplotlib
+    except ImportError:
+        return None
+    with Image.open(chart) as image:
+        return image.info.get("Source")
+
+
 def _pyplot():
     try:
         import matplotlib
@@ -267,6 +298,7 @@ def _save(pyplot, figure, path: Path) -> str:
     return f"wrote {target}"
 
 
+DRAW = {"kernels": draw_roofline, "throughput": draw_throughput, "projector": draw_projector}
+
 if __name__ == "__main__":
-    draw = {"throughput": draw_throughput, "projector": draw_projector}
-    print(draw.get(Path(sys.argv[1]).stem, draw_roofline)(Path(sys.argv[1])))
+    print(DRAW[Path(sys.argv[1]).stem](Path(sys.argv[1])))

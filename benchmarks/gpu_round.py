@@ -70,7 +70,7 @@ def steps(out: Path | None) -> tuple[Step, ...]:
         Step("kernels", (python, "-m", "benchmarks.kernels", "--budget", "0.5", *measure), 270, 70),
         Step("projector", (python, "-m", "benchmarks.projector", "--budget", "0.5", *measure), 150, 70),
         Step("throughput", (python, "-m", "benchmarks.throughput", *measure), 200, 90, _without("transformers", "av")),
-        Step("tables", (python, "-m", "benchmarks.table"), 15, always=True),
+        Step("tables", (python, "-m", "benchmarks.table"), 30, 15, always=True),
     )
 
 

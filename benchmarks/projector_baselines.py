@@ -83,7 +83,8 @@ def ours(shape: ProjectorShape, backend: str | None) -> Peer:
         # A few frames at a time, as PPLlavaGuide.look: the MLP is wider than all else.
         parts = features.split(FRAMES, 1)
         if torch.is_grad_enabled():
-            embeds = [checkpoint(embed_patches, part, t, use_reentrant=False) for part in parts]
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            embeds = [checkpoint(embed_patches, part, t, **options) for part in parts]
         else:
             embeds = [embed_patches(part, t) for part in parts]
         relevance = ppllava_kernels.prompt_relevance(torch.cat(embeds, 1), t["text_embeds"], **guide)
@@ -198,8 +199,7 @@ def products_variant(shape: ProjectorShape, t: Tensors, direction: str) -> timin
             for first in range(0, product.rows, PIECE):
                 some = x[first : first + PIECE] if len(x) == product.rows else x[: product.rows - first]
                 out = result[: len(some)]
-                for _ in range(1 if direction == "forward" else 1 + product.again):
-                    torch.mm(some, weight.t(), out=out)
+                torch.mm(some, weight.t(), out=out)
                 if direction != "forward":
                     torch.mm(out, weight, out=grad[: len(some)])
                     torch.mm(out.t(), some, out=gradients[n])

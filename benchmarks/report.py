@@ -109,7 +109,7 @@ class Row(Measured):
 
 @dataclass(kw_only=True)
 class ProjectorRow(Measured):
-    """Of the projector, which is bound by its matrix products; `flops` are those that nobody avoids."""
+    """Of the projector, which is bound by its matrix products; `flops` are of those that nobody avoids."""
 
     original_flops: int
     tflop_s: float | None = None  # of `flops`: what a variant does beyond them is lost

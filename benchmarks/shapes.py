@@ -213,15 +213,10 @@ class Product(NamedTuple):
     weight: str
     inner: int
     outer: int
-    again: bool  # in the backward, of an op that does not keep the result
 
     @property
     def flops(self) -> int:
         return 2 * self.rows * self.inner * self.outer
-
-    def times(self, direction: str) -> int:
-        """The gradient of each factor is a product, too."""
-        return 1 if direction == "forward" else 3 + self.again
 
 
 @dataclass(frozen=True)
@@ -248,19 +243,14 @@ class ProjectorShape(Shape):
 
     def products(self, original: bool = False) -> list[Product]:
         """The matrix products that no implementation avoids; the original has the last one on all patches."""
-        fused = not self.mlp_channels  # else the guide is the library's, which keeps what it computed
         lead = [(self.tokens, name) for name, axes in self.guide.items() if len(axes) == 2]
         lead += [(self.tokens, "linear_1_weight"), (self.tokens if original else self.pooled_tokens, "linear_2_weight")]
-        again = {"linear_1_weight", *(("guide_weight",) if fused else ())}
         sizes = self.axis_sizes
-        return [
-            Product(rows, name, *(sizes[axis] for axis in reversed(self.axes[name])), not original and name in again)
-            for rows, name in lead
-        ]
+        return [Product(rows, name, *(sizes[axis] for axis in reversed(self.axes[name]))) for rows, name in lead]
 
     def project_flops(self, direction: str, original: bool = False) -> int:
-        """Of the products; those of norms, gelu and pooling are left out."""
-        return sum(product.flops * product.times(direction) for product in self.products(original))
+        """Of the products; those of norms, gelu and pooling are left out. The gradient of each factor is one, too."""
+        return (1 if direction == "forward" else 3) * sum(product.flops for product in self.products(original))
 
     def first_windows(self) -> ProjectorShape:
         """The same with frames for one window only, of which original and reference agree or not."""

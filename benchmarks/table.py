@@ -4,6 +4,7 @@
     python -m benchmarks.table --check   # exit code 1, and the file's name, where a block is not what it would write
 
 A block stands between <!-- begin: NAME --> and <!-- end: NAME -->; BLOCKS has a function for each NAME.
+Charts that are missing, or of other results, are drawn again.
 """
 
 from __future__ import annotations
@@ -302,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md, docs and benchmarks/results")
     args = parser.parse_args(arguments)
+    if not args.check:
+        chart.refresh(args.root / "benchmarks" / "results")
     stale = 0
     for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
         if not path.exists():

@@ -92,7 +92,8 @@ class PPLlavaGuide(nn.Module):
         chunks = features.split(FRAMES)
         learns = any(x.requires_grad for x in (features, *self.norm.parameters(), *self.head.parameters()))
         if len(chunks) > 1 and learns and torch.is_grad_enabled():
-            parts = [checkpoint(self._look, chunk, use_reentrant=False) for chunk in chunks]
+            options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in there is random
+            parts = [checkpoint(self._look, chunk, **options) for chunk in chunks]
         else:
             parts = [self._look(chunk) for chunk in chunks]
         embeds, attention = zip(*parts)

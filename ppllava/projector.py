@@ -78,16 +78,21 @@ class PPLlavaProjector(PromptGuidedProjector):
         # On the CPU, where the op reads it without a synchronisation.
         cu_frames = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")  # [B+1]
         options = {"temperature": self.config.pooling_temperature, "cu_frames": cu_frames, **window._asdict()}
+        options["backend"] = self.backend
         if text_embeds is None:
             return self.project(features, None, **options), None
         if not self.config.siglip:
             towards = guide.norm, guide.visual_projection
             return self.project_guided(features, text_embeds, *towards, logit_scale=guide.scale, **options)
         image_embeds, attention = guide.look(features)  # [F, H, W, C], [F, H, W]
-        relevance = prompt_relevance(image_embeds, text_embeds, logit_scale=guide.scale, cu_frames=cu_frames)
+        score = {"logit_scale": guide.scale, "cu_frames": cu_frames, "backend": self.backend}
+        relevance = prompt_relevance(image_embeds, text_embeds, **score)
         if attention is not None:
             relevance = 1000 * attention * relevance
         return self.project(features, relevance, **options), relevance
+
+    def extra_repr(self) -> str:
+        return ""  # window, temperature and scale are those of a call
 
     def _pooled_shape(self, clip: Clip) -> tuple[int, ...]:
         pooling = self.config.visual_pooling

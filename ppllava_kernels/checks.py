@@ -190,10 +190,11 @@ def check_projector(
     layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     for name, x in (guide | layers).items():
-        if x is not None and x.dtype != features.dtype:
+        exact = name.startswith("norm_") and features.dtype != torch.float32
+        if x is not None and x.dtype != features.dtype and not (exact and x.dtype == torch.float32):
             raise TypeError(
-                f"{name} must have the dtype of features, {features.dtype}, got {x.dtype}; convert one of them, or run "
-                "under torch.autocast"
+                f"{name} must have the dtype of features, {features.dtype}{', or float32' if exact else ''}, got "
+                f"{x.dtype}; convert one of them, or run under torch.autocast"
             )
 
 

@@ -219,8 +219,9 @@ def prompt_guided_project(
         return_relevance: return relevance, too.
         backend: as in :func:`prompt_relevance`; None takes "triton" before "cuda" here.
 
-    All weights have the dtype of features, in which the matrix products are; under `torch.autocast` features and
-    weights are cast to its dtype. Scores, softmax and sums over patches are float32 (float64 for float64).
+    All weights have the dtype of features, in which the matrix products are; the norm's may be float32. Under
+    `torch.autocast` the products are in its dtype, and the norm before the guide is not. Scores, softmax and sums over
+    patches are float32 (float64 for float64).
 
     Returns:
         pooled: [B, To, Ho, Wo, D] in the dtype of features, with cu_frames as in :func:`weighted_pool3d`; or
@@ -234,9 +235,11 @@ def prompt_guided_project(
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     window = make_window(kernel_size, stride, output_size)
     check_tensors(cu_frames, features=features, text_embeds=text_embeds, **_given(guide), **_given(layers))
-    features, guide, layers = _autocast(features, guide, layers)
+    guide_dtype, cast, layers = _autocast(features, layers)
+    if guide_dtype is not None:
+        guide["guide_weight"] = guide_weight.to(guide_dtype)
     check_channels_last("features", features, cu_frames, "V")
-    check_projector(features, **guide, **layers)
+    check_projector(cast, **guide, **layers)
     check_text(text_embeds, features, guide_weight, cu_frames)
     check_window(features, window, cu_frames)
     temperature, norm_eps = check_temperature(temperature), check_norm_eps(norm_eps)
@@ -251,7 +254,7 @@ def prompt_guided_project(
     else:
         prompt = text_embeds, scale_tensor, scale
         relevance, _ = library.ops.guide_relevance(features, *prompt, *norm, cu_frames, backend)
-        pooled = _project(features, relevance, layers, window, temperature, cu_frames, backend)
+        pooled = _project(cast, relevance, layers, window, temperature, cu_frames, backend)
     return (pooled, relevance) if return_relevance else pooled
 
 
@@ -287,7 +290,7 @@ def weighted_project(
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     window = make_window(kernel_size, stride, output_size)
     check_tensors(cu_frames, features=features, **_given({"weights": weights}), **_given(layers))
-    features, _, layers = _autocast(features, {}, layers)
+    _, features, layers = _autocast(features, layers)
     check_channels_last("features", features, cu_frames, "V")
     check_projector(features, **layers)
     if weights is not None:
@@ -313,12 +316,11 @@ def _given(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: x for name, x in tensors.items() if x is not None or name not in optional}
 
 
-def _autocast(features: Tensor, *weights: dict[str, Tensor | None]) -> tuple:
-    """features and weights in the dtype that autocast, where it is on, gives to matrix products."""
+def _autocast(features: Tensor, layers: dict[str, Tensor | None]) -> tuple:
+    """(the dtype that autocast gives to matrix products or None, features and layers in it)."""
     device = features.device.type
     able = torch.amp.is_autocast_available(device)  # not so on meta tensors
     if not able or not torch.is_autocast_enabled(device) or features.dtype == torch.float64:
-        return features, *weights
+        return None, features, layers
     dtype = torch.get_autocast_dtype(device)
-    cast = [{name: x if x is None else x.to(dtype) for name, x in some.items()} for some in weights]
-    return features.to(dtype), *cast
+    return dtype, features.to(dtype), {name: x if x is None else x.to(dtype) for name, x in layers.items()}

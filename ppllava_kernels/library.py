@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .shapes import Window, output_shape
@@ -72,11 +73,24 @@ def _register_autograd(function, save, backward):
     gradient = type(name, (torch.autograd.Function,), methods)
 
     def autograd(keys, *arguments):
+        if forward_ad._current_level >= 0:
+            _check_no_tangents(arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return gradient.apply(*arguments, keys)
         return run(keys, arguments)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _check_no_tangents(arguments) -> None:
+    """A registered op would lose them without a word."""
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        backend = next(x for x in arguments if isinstance(x, str))
+        raise RuntimeError(
+            f"backend={backend!r} has no forward-mode derivative; use backend='reference', which is plain PyTorch, "
+            "for it"
+        )
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -208,7 +222,10 @@ def guide_relevance_backward_fake(
         features.new_empty(features.shape if need_features else 0),
         text_embeds.new_empty(text_embeds.shape),
         grad.new_empty((), dtype=_accumulator(features)),
-        *(features.new_empty(0 if x is None or not need_norm else x.shape) for x in (norm_weight, norm_bias)),
+        *(
+            features.new_empty(0) if x is None or not need_norm else x.new_empty(x.shape)
+            for x in (norm_weight, norm_bias)
+        ),
         guide_weight.new_empty(guide_weight.shape if need_guide else 0),
     )
 

@@ -161,7 +161,8 @@ class PromptGuidedProjector(PromptGuidedPool3d):
     ) -> tuple[Tensor, Tensor]:
         """(pooled, relevance) of :func:`prompt_guided_project` with this guide and window, and the layers of self."""
         where = dict(cu_frames=cu_frames, backend=backend)
-        guided = _is_plain(norm, nn.LayerNorm) and _is_plain(guide, nn.Linear) and guide.bias is None
+        guided = _is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == features.shape[-1:]
+        guided = guided and _is_plain(guide, nn.Linear) and guide.bias is None
         if guided and self._are_plain():
             return prompt_guided_project(
                 features,

@@ -1,5 +1,7 @@
 """What gradients the ops have, and the sentence for those that they do not have."""
 
+import re
+
 import pytest
 import torch
 from cases import CASES, DTYPES, OPS, Case, cu_frames_of, make_inputs, make_projector_inputs
@@ -131,3 +133,22 @@ def test_inference_mode_and_no_grad(backend):
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(prompt_guided_pool3d(**inputs, backend=backend, **CASE.window), expected)
+
+
+@pytest.mark.parametrize("op", ["weighted_pool3d", "weighted_project"])
+def test_forward_mode_is_refused(op, place):
+    """A tangent that got lost would be a derivative of zero."""
+    backend, device = place
+    inputs = {name: x.detach() for name, x in make(op, SMALL, device).items()}
+    first = OPS[op][0]
+
+    def derivative(backend):
+        def run(x):
+            return call(op, inputs | {first: x}, SMALL, backend=backend)
+
+        return torch.func.jvp(run, (inputs[first],), (torch.ones_like(inputs[first]),))[1]
+
+    why = f"backend='{backend}' has no forward-mode derivative; use backend='reference', which is plain PyTorch, for it"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(why)}$"):
+        derivative(backend)
+    assert derivative("reference").abs().max() > 0

@@ -13,6 +13,7 @@ import ppllava_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 from benchmarks import (
+    chart,
     isolation,
     kernels,
     projector,
@@ -53,9 +54,7 @@ def test_shape_is_valid(name):
     shape = shapes.PROJECTORS[name]
     assert all(min(size) >= 1 for size in shape.pooled_sizes)
     assert all(n > 0 for n in shape.axis_sizes.values() if n != shape.mlp_channels)
-    for direction in (
-        projector.DIRECTIONS if name in FULL else ("forward",)
-    ):  # computing again is not free where D is small
+    for direction in projector.DIRECTIONS:
         assert 0 < shape.project_flops(direction) < shape.project_flops(direction, original=True)
     first = shape.first_windows()
     assert first.pooled_sizes == [(1, *shape.pooled_sizes[0][1:])]
@@ -67,17 +66,11 @@ def test_flops_of_the_main_shapes():
     shape = shapes.PROJECTORS["vicuna7b_32frames"]
     assert [round(product.flops / 1e9) for product in shape.products()] == [29, 155, 34]
     assert shape.project_flops("forward", original=True) / 1e9 == pytest.approx(802, abs=1)
-    forward, both = (shape.project_flops(direction) for direction in projector.DIRECTIONS)
-    again = sum(product.flops for product in shape.products() if product.rows == shape.tokens)
-    assert both == 3 * forward + again
-    assert [product.again for product in shape.products()] == [True, True, False]
-    guide = shapes.PROJECTORS["qwen2_7b_32frames"].products()[:-2]  # the library's, which keeps what it computed
-    assert [(product.inner, product.outer, product.again) for product in guide] == [
-        (1152, 1152, False),
-        (1152, 4304, False),
-        (4304, 1152, False),
-    ]
-    assert not any(product.again for product in shape.products(original=True))
+    for original in (False, True):  # what is computed again does not count
+        forward, both = (shape.project_flops(direction, original) for direction in projector.DIRECTIONS)
+        assert both == 3 * forward
+    guide = shapes.PROJECTORS["qwen2_7b_32frames"].products()[:-2]
+    assert [(product.inner, product.outer) for product in guide] == [(1152, 1152), (1152, 4304), (4304, 1152)]
 
 
 @pytest.mark.parametrize("name", ["small_clip", "small_siglip"])
@@ -249,6 +242,13 @@ def test_the_time_limit_starts_nothing_that_would_pass_it(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_hour_of_video_is_expected_to_take_longer(device):
+    clips = (shapes.PROJECTORS[f"vicuna7b_{n}frames"] for n in (32, 3600))
+    short, hour = (projector.cost(runner.Case(shapes.PROJECT, clip, "bf16", ("forward",)), device) for clip in clips)
+    assert hour > 1.5 * short
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_plan_starts_with_what_says_most(device):
     cases = projector.plan(projector.parse(["--device", device]))
     assert len(set(map(str, cases))) == len(cases)
@@ -291,6 +291,21 @@ def test_the_block_shows_ratios_of_a_cpu_and_times_of_a_gpu(eager_peers, tmp_pat
     assert "| 4.0 / failed | 2.0 / failed | 0.5 / failed | 90 / failed |" in block
     assert "reference failed (out of memory): `prompt_guided_project` both on `tiny_clip` fp32." in block
     assert "**CPU**: not measured yet." in block
+
+
+def test_the_chart_is_drawn_again_and_no_wider_than_a_page(eager_peers, tmp_path):
+    quick(tmp_path / "cpu-test", "--dtypes", "fp32", "--directions", "forward", "--backends", "reference")
+    path = tmp_path / "cpu-test" / "projector.json"
+    result = json.loads(path.read_text())
+    result["rows"] = [row | {"shape": name} for name in FULL for row in result["rows"]]  # a run that was stopped
+    path.write_text(json.dumps(result))
+    chart.refresh(tmp_path)
+    with Image.open(path.with_name("projector.png")) as image:
+        assert image.info["Source"] == chart.fingerprint(path)
+        assert image.width <= 1600
+    path.with_name("projector.png").unlink()
+    assert table.main(["--root", str(tmp_path), "--check"]) == 0
+    assert not path.with_name("projector.png").exists()
 
 
 def test_a_file_without_times_has_no_chart(eager_peers, tmp_path):

@@ -18,6 +18,7 @@ from cases import (
     run,
     with_layouts,
 )
+from close import assert_close
 
 from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
 from ppllava_kernels.backends import products
@@ -151,6 +152,46 @@ def test_nan_stays_in_its_video(place):
         assert torch.equal(actual[1:], expected[1:])
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_patch_that_is_not_finite_spoils_its_windows_alone(poison, place):
+    backend, device = place
+    case = Case((1, 2, 4, 4), (5, 7), dict(kernel_size=2))
+    inputs = make_projector_inputs(case)
+    inputs["features"][0, 0, 3, 0] = poison
+    inputs = {k: inputs[k].to(device) for k in ("features", "weights", *LAYERS)}
+    pooled = weighted_project(**inputs, **case.window, backend=backend)[0, 0]  # [2, 2, D]
+    assert pooled[1, 0].isnan().all()
+    pooled[1, 0] = 0
+    assert pooled.isfinite().all()
+
+
+def test_a_patch_far_from_zero_in_float16(place):
+    """V is no multiple of what is loaded at a time, and beyond it nothing may overflow."""
+    case = Case((1, 1, 2, 2), (5, 100), dict(kernel_size=1))
+    inputs = make_projector_inputs(case, DTYPES["fp16"]) | {"norm_weight": None, "norm_bias": None}
+    inputs["features"][0, 0, 0, 0] = 300.0 + inputs["features"][0, 0, 0, 0]
+    check(OP, case, inputs, place)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_channel_on_any_number_of_threads(threads, dtype):
+    """The first layer's channels are split where there are few windows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels in (1, 63, 64, 129, 300, 515, 516, 1024, 1540):
+            features, weight = torch.randn(1, 2, 4, 4, 8, dtype=dtype), torch.randn(channels, 8, dtype=dtype)
+            layers = dict(linear_1_bias=None, linear_2_weight=torch.eye(channels, dtype=dtype), linear_2_bias=None)
+            hidden = torch.nn.functional.gelu(features @ weight.T)  # [B, T, H, W, D']
+            for window in (dict(output_size=1), dict(output_size=(1, 1, 2)), dict(kernel_size=(2, 2, 2))):
+                expected = weighted_pool3d(hidden, None, **window, backend="reference")
+                pooled = weighted_project(features, None, linear_1_weight=weight, **layers, **window, backend="cpp")
+                torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_far_from_zero(place):
     """The mean of a row may be far larger than its spread: it is subtracted before anything is multiplied."""
     case = CASES["leftover"]
@@ -168,22 +209,31 @@ def test_same_bits_every_time(place):
 
 
 def test_autocast(place):
-    """float32 weights and features are multiplied in autocast's dtype; the relevance stays float32."""
+    """The products are in autocast's dtype; the norm before the guide is not, nor are relevance and pooling."""
     backend, device = place
     case = CASES["leftover"]
     inputs = {k: v.to(device).requires_grad_() for k, v in make_projector_inputs(case).items() if k != "weights"}
-    options = dict(norm_eps=1e-5, **case.window, backend=backend)
+    options = dict(norm_eps=1e-5, **case.window, return_relevance=True)
+    exact = prompt_guided_project(**{k: v.detach().double() for k, v in inputs.items()}, **options, backend="reference")
     with torch.autocast(device, torch.bfloat16):
-        pooled, relevance = prompt_guided_project(**inputs, **options, return_relevance=True)
-    names = ("features", *GUIDE, *LAYERS)
-    low = {k: v.detach().bfloat16() if k in names else v.detach() for k, v in inputs.items()}
-    assert torch.equal(pooled, prompt_guided_project(**low, **options))
-    assert (pooled.dtype, relevance.dtype) == (torch.bfloat16, torch.float32)
-    (pooled.float().square().mean() + relevance.square().sum()).backward()
+        actual = prompt_guided_project(**inputs, **options, backend=backend)
+        eager = prompt_guided_project(**inputs, **options, backend="reference")
+    assert [x.dtype for x in actual] == [torch.bfloat16, torch.float32]
+    for name, *some in zip(("pooled", "relevance"), actual, eager, exact):
+        x, other, wanted = (x.detach() for x in some)
+        assert_close(f"{backend} {name}", x, [other], wanted)
+    (actual[0].float().square().mean() + actual[1].square().sum()).backward()
     for name, x in inputs.items():
         assert x.grad.dtype == torch.float32, name
         assert x.grad.isfinite().all(), name
         assert x.grad.abs().max() > 0, name
+
+
+def test_a_norm_in_float32(place):
+    """As after model.bfloat16() and norm.float(): it is one of float32, and its gradients are."""
+    case = CASES["ragged"]
+    inputs = make_projector_inputs(case, DTYPES["bf16"])
+    check(OP, case, inputs | {name: inputs[name].float() + 0.001 for name in ("norm_weight", "norm_bias")}, place)
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,23 @@ def test_parts_of_a_clip_are_its_own(modules, monkeypatch):
     for b, (start, end) in enumerate(zip(case.cu_frames, case.cu_frames[1:])):
         alone = prompt_relevance(image[None, start:end], text[b : b + 1], backend="triton")
         assert torch.equal(packed[start:end], alone[0])
+
+
+@pytest.mark.interpreter
+def test_precision_is_that_of_pytorch(modules):
+    """Either of PyTorch's ways to say it; each refuses to be read after the other was used, so in a process each."""
+    program = """
+import torch
+from ppllava_kernels.backends.triton.common import product_of
+x = torch.ones(1)
+assert product_of(x).arguments(x)["PRECISION"] == "ieee"
+{}
+assert product_of(x).arguments(x)["PRECISION"] == "tf32"
+"""
+    for statement in (
+        'torch.set_float32_matmul_precision("high")',
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+        'torch.backends.fp32_precision = "tf32"',
+    ):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program.format(statement)], check=True, timeout=100)

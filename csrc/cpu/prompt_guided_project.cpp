@@ -82,7 +82,7 @@ void forward(const TileArgs& a) {
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, a.channels / 64));
   // Whole vectors in each.
   constexpr int64_t step = V::size();
-  const int64_t width = (a.channels / parts + step - 1) / step * step;
+  const int64_t width = ((a.channels + parts - 1) / parts + step - 1) / step * step;
   const Hidden<T> hidden{static_cast<const T*>(a.bias)};
   at::parallel_for(0, windows * parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<const T*> rows;
@@ -93,11 +93,16 @@ void forward(const TileArgs& a) {
       const int64_t window = (output * a.window.outputs[1] + reach.begin[1] + th % high) * columns + w;
       rows.clear();
       shares.clear();
-      for_each_slot(a, place_of(a, window), window, [&](int64_t slot, int64_t t, int64_t h, int64_t column) {
+      const Place place = place_of(a, window);
+      Place inside = place;  // without the frames before and after the tile
+      inside.begin[0] = std::max(place.begin[0], first / (a.height * a.width));
+      inside.end[0] = std::min(place.end[0], (first + a.rows - 1) / (a.height * a.width) + 1);
+      for_each_patch(inside, [&](int64_t t, int64_t h, int64_t column) {
         const int64_t row = (t * a.height + h) * a.width + column - first;
         if (row < 0 || row >= a.rows) return;
+        const int64_t at[3] = {t - place.begin[0], h - place.begin[1], column - place.begin[2]};
         rows.push_back(static_cast<const T*>(a.values.data) + row * a.channels);
-        shares.push_back(static_cast<const Acc*>(a.shares)[slot]);
+        shares.push_back(static_cast<const Acc*>(a.shares)[a.window.slot(clip, window, at[0], at[1], at[2])]);
       });
       Acc* sum = static_cast<Acc*>(a.pooled) + window * a.step;
       int64_t d = index % parts * width;

@@ -15,7 +15,7 @@ A tile is z [R, D'] of R patches, the `first` and those after it, for the D' cha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import wraps
+from functools import reduce, wraps
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _operand(x: Tensor) -> Tensor:
-    """x as the products take it: on CPUs PyTorch multiplies float16 up to 100 times slower than float32."""
+    """x as the products take it: on CPUs PyTorch multiplies float16 far slower than float32."""
     return x.float() if x.dtype == torch.float16 and x.device.type == "cpu" else x
 
 
@@ -88,9 +88,28 @@ def _without_autocast(function):
     return run
 
 
-def _normalise(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(LN(rows), mean, 1 / standard deviation), rows [R, V]."""
-    return torch.native_layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+class Norm(NamedTuple):
+    """A layer norm, in float32 where its weight or bias is."""
+
+    dtype: torch.dtype
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(normed, mean, 1 / standard deviation) of rows [R, V]."""
+        return torch.native_layer_norm(rows.to(self.dtype), rows.shape[-1:], self.weight, self.bias, self.eps)
+
+    def backward(self, grad: Tensor, rows: Tensor, mean: Tensor, deviation: Tensor, mask: list[bool]) -> list[Tensor]:
+        rows, grad = rows.to(self.dtype), grad.to(self.dtype)
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, rows, rows.shape[-1:], mean, deviation, self.weight, self.bias, mask
+        )
+
+
+def make_norm(features: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm:
+    dtype = reduce(torch.promote_types, (x.dtype for x in (features, weight, bias) if x is not None))
+    return Norm(dtype, *(x if x is None else x.to(dtype) for x in (weight, bias)), eps)
 
 
 def _by_clip(x: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
@@ -109,9 +128,10 @@ def guide_relevance(
     text = text_embeds.to(dtype).contiguous()
     cosines = features.new_empty(features.shape[:-1], dtype=dtype)
     flat, guide = cosines.view(-1), _operand(guide_weight).t()
+    norm = make_norm(features, norm_weight, norm_bias, norm_eps)
     for tile in tiles(features, counts):
-        normed, _, _ = _normalise(tile.rows, norm_weight, norm_bias, norm_eps)  # [R, V]
-        kernels.score_rows(flat[tile.patches], _operand(normed) @ guide, text[tile.clip])
+        normed, _, _ = norm(tile.rows)  # [R, V]
+        kernels.score_rows(flat[tile.patches], normed.to(guide.dtype) @ guide, text[tile.clip])
     return softmax(cosines, scale if scale_tensor is None else scale * scale_tensor, counts), cosines
 
 
@@ -149,6 +169,7 @@ def guide_relevance_backward(
     factor = ((scale if scale_tensor is None else scale * scale_tensor) * grad_logit).to(dtype)
     cosines = cosines.view(-1)
     guide = _operand(guide_weight)  # [C, V]
+    norm = make_norm(features, norm_weight, norm_bias, norm_eps)
     sums = {
         "unit": torch.zeros_like(text),
         "guide": torch.zeros_like(guide, dtype=dtype) if need_guide else None,
@@ -156,8 +177,8 @@ def guide_relevance_backward(
     }
     grad_features = features.new_empty(features.shape) if need_features else None
     for tile in tiles(features, counts):
-        normed, mean, deviation = _normalise(tile.rows, norm_weight, norm_bias, norm_eps)
-        normed = _operand(normed)  # [R, V]
+        normed, mean, deviation = norm(tile.rows)
+        normed = normed.to(guide.dtype)  # [R, V]
         embeds = normed @ guide.t()  # [R, C]
         norms = torch.linalg.vector_norm(embeds, dim=-1, dtype=dtype)  # [R]
         along = factor[tile.patches] / norms.clamp_min(EPS)  # [R]
@@ -173,10 +194,7 @@ def guide_relevance_backward(
         if need_features or need_norm:
             # Without norm_weight there is nothing to ask a gradient of.
             mask = [need_features, need_norm and norm_weight is not None, need_norm and norm_bias is not None]
-            grads = torch.ops.aten.native_layer_norm_backward(
-                (grad_embeds @ guide).to(features.dtype), tile.rows, tile.rows.shape[-1:], mean, deviation,
-                norm_weight, norm_bias, mask,
-            )  # fmt: skip
+            grads = norm.backward(grad_embeds @ guide, tile.rows, mean, deviation, mask)
             if need_features:
                 grad_features[tile.place].view_as(tile.rows).copy_(grads[0])
             for sum, one, asked in zip(sums["norm"] if need_norm else (), grads[1:], mask[1:]):
@@ -211,6 +229,7 @@ def _tile_buffer(features: Tensor, channels: int) -> tuple[int, Tensor]:
 
 @_without_autocast
 def hidden_pool3d(kernels, features, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames):
+    cu_frames = None if cu_frames is None else cu_frames.cpu()  # where each of the next two would wait for it
     plan, width = kernels.make_plan(features, window, cu_frames), linear_1_weight.shape[0]
     shares = kernels.window_shares(features, weights, temperature, plan)
     lead = plan.pooled_shape[:-1]
@@ -232,6 +251,7 @@ def hidden_pool3d_backward(
     need_weights, need_linear,
 ):  # fmt: skip
     """Gradients of features, weights, linear_1_weight and linear_1_bias; z is computed again, tile by tile."""
+    cu_frames = None if cu_frames is None else cu_frames.cpu()  # where each of the next two would wait for it
     plan, width = kernels.make_plan(features, window, cu_frames), linear_1_weight.shape[0]
     dtype = _accumulator(features)
     shares = kernels.window_shares(features, weights, temperature, plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,11 @@ def prompt_guided_project(
     features, text_embeds, logit_scale, norm_weight, norm_bias, norm_eps, guide_weight, linear_1_weight, linear_1_bias,
     linear_2_weight, linear_2_bias, window, temperature, cu_frames,
 ):  # fmt: skip
-    normed = F.layer_norm(features, features.shape[-1:], norm_weight, norm_bias, norm_eps)  # [B, T, H, W, V]
+    dtypes = [x.dtype for x in (features, norm_weight, norm_bias) if x is not None]
+    dtype = reduce(torch.promote_types, dtypes)  # a norm in float32 is one of float32
+    norm = (x if x is None else x.to(dtype) for x in (norm_weight, norm_bias))
+    normed = F.layer_norm(features.to(dtype), features.shape[-1:], *norm, norm_eps)  # [B, T, H, W, V]
+    normed = normed.to(guide_weight.dtype)
     relevance = prompt_relevance(F.linear(normed, guide_weight), text_embeds, logit_scale, cu_frames)
     layers = linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias
     return weighted_project(features, relevance, *layers, window, temperature, cu_frames), relevance

@@ -54,8 +54,8 @@ class Product:
     registers: int | None = None
 
     def arguments(self, x: Tensor) -> dict:
-        """Blocks, and how exact the product of x is: in float32 as torch.set_float32_matmul_precision says."""
-        exact = x.element_size() == 2 or torch.get_float32_matmul_precision() == "highest"
+        """Blocks, and how exact the product of x is: in float32 as PyTorch's own on CUDA."""
+        exact = x.element_size() == 2 or torch.backends.cuda.matmul.fp32_precision != "tf32"
         return dict(
             BLOCK_M=self.rows, BLOCK_N=self.columns, BLOCK_K=self.depth, PRECISION="ieee" if exact else "tf32",
             WIDEN=_interpreted and x.dtype == torch.bfloat16,

@@ -88,13 +88,13 @@ def guide_product(
         v = begin + tl.arange(0, BLOCK_K)
         mask = (n < rows)[:, None] & (v < V)[None, :]
         normed = tl.load(x[:, None] + v[None, :], mask=mask, other=0.0).to(tl.float32)
-        normed = (normed - mean) * deviation
+        # Zero beyond V: in 16 bits it could be infinite there, which no weight of zero makes zero.
+        normed = tl.where((v < V)[None, :], (normed - mean) * deviation, 0.0)
         if HAS_WEIGHT:
             normed *= tl.load(norm_weight + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
             normed += tl.load(norm_bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
         mask = (v < V)[:, None] & (c < C)[None, :]
-        # Zero beyond V, so that it matters not what a row is there.
         weight = tl.load(guide + c[None, :].to(tl.int64) * V + v[:, None], mask=mask, other=0.0)
         if WIDEN:
             weight = weight.to(tl.float32)
@@ -155,7 +155,7 @@ def combine_scores(
 def guide_relevance(
     features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps, guide_weight, cu_frames
 ):
-    plan, device, product = make_plan(features, cu_frames), features.device, product_of(features)
+    plan, device, product = make_plan(features, cu_frames), features.device, product_of(guide_weight)
     channels, width = guide_weight.shape  # C, V
     rows, blocks = plan.frames * features.shape[-3] * features.shape[-2], ceil_div(channels, product.columns)
     if rows >= 2**31:
@@ -172,7 +172,7 @@ def guide_relevance(
         relevance.new_empty(plan.parts, 2),
     )
     tile = CONFIG.row_statistics
-    arguments = product.arguments(features) | clip_arguments(plan, device) | plan.sizes | dict(
+    arguments = product.arguments(guide_weight) | clip_arguments(plan, device) | plan.sizes | dict(
         features=features, statistics=statistics, norm_weight=norm_weight, norm_bias=norm_bias, eps=norm_eps,
         guide=guide_weight.contiguous(), text=text_embeds, partials=partials, rows=rows, V=width, C=channels,
         frames=plan.frames if cu_frames is not None else plan.counts[0], TB=text_embeds.stride(0),

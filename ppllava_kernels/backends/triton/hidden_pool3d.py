@@ -104,6 +104,12 @@ def pool_products(
             # 16 bits: those that eager rounds the hidden state to; shares that are rounded add up as they are.
             share, hidden = share.to(features.dtype.element_ty), hidden.to(features.dtype.element_ty)
         all += tl.sum(share.to(tl.float32), 1)
+        # A patch that is not finite is none of its neighbours' business: in the product zero times it would be NaN.
+        strange = (hidden - hidden).to(tl.float32) != 0
+        if tl.max(tl.max(strange.to(tl.int32), 1), 0) > 0:
+            spoilt = tl.dot(own.to(share.dtype), strange.to(share.dtype), input_precision="ieee")
+            sum = tl.where(spoilt > 0, float("nan"), sum)
+            hidden = tl.where(strange, 0.0, hidden)
         sum = tl.dot(share, hidden, sum, input_precision="ieee")
     window = clip_start(clips, b, 2, OT, batch, RAGGED) * OH * OW + local * each + m
     mask = (m < each) & (local * each + m < outputs * OH * OW)
