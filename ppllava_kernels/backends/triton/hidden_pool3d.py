@@ -83,7 +83,7 @@ def pool_products(
             tile, weights, b, first, frames, local, outputs, each, slots, WB, WT, WH, WW, SB, ST, SH, SW, H, W,
             OT, OH, OW, KT, KH, KW, JT, JH, JW, LH, LW, KERNEL, SOURCE, BLOCK_M,
         )  # fmt: skip
-        row = tl.multiple_of(tl.where(inside, row, 0), ALIGN)
+        row = tl.multiple_of(tl.maximum(row, 0), ALIGN)  # also where it is not inside, which is not loaded
         hidden = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for begin in range(0, V, BLOCK_K):
             v = begin + tl.arange(0, BLOCK_K)
@@ -106,8 +106,8 @@ def pool_products(
         all += tl.sum(share.to(tl.float32), 1)
         # A patch that is not finite is none of its neighbours' business: in the product zero times it would be NaN.
         strange = (hidden - hidden).to(tl.float32) != 0
-        if tl.max(tl.max(strange.to(tl.int32), 1), 0) > 0:
-            spoilt = tl.dot(own.to(share.dtype), strange.to(share.dtype), input_precision="ieee")
+        for _ in range(0, tl.max(tl.max(strange.to(tl.int32), 1), 0)):  # seldom: a loop, for `if` costs registers
+            spoilt = tl.dot(own.to(share.dtype), strange.to(share.dtype), input_precision="tf32")  # of ones: exact
             sum = tl.where(spoilt > 0, float("nan"), sum)
             hidden = tl.where(strange, 0.0, hidden)
         sum = tl.dot(share, hidden, sum, input_precision="ieee")
