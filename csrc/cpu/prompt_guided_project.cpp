@@ -35,6 +35,27 @@ struct Normal {
   V slope(const V& x) const { return at::vec::fmadd(x, bell * V(0.39894228040143268), cdf); }
 };
 
+// cdf(x) for sums of bfloat16: 0.5 + x P(x^2), whose gelu is within 6e-5 everywhere, a quarter of a rounding of z at 1.
+inline at::vec::Vectorized<float> short_cdf(const at::vec::Vectorized<float>& wide) {
+  using V = at::vec::Vectorized<float>;
+  const V x = at::vec::clamp(wide, V(-4.25f), V(4.25f)), square = x * x;
+  V p(6.707290972629565e-11f);
+  for (const float coefficient :
+       {-6.290238996342623e-09f, 2.594608758954564e-07f, -6.273795861488907e-06f, 0.0001006529710139148f,
+        -0.0011562453582882881f, 0.00999272521585226f, -0.06666874140501022f, 0.3991127610206604f})
+    p = at::vec::fmadd(p, square, V(coefficient));
+  return at::vec::fmadd(x, p, V(0.5f));
+}
+
+template <class T>
+Vec<T> cdf(const Vec<T>& x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return short_cdf(x);
+  } else {
+    return Normal<T>(x).cdf;
+  }
+}
+
 // z + b1, from channel d on.
 template <class T>
 struct Hidden {
@@ -113,7 +134,7 @@ void forward(const TileArgs& a) {
         for (size_t n = 0; n < rows.size(); ++n)
           for (int v = 0; v < vectors; ++v) {
             const V x = hidden.load(rows[n], d + v * step);
-            tile[v] = at::vec::fmadd(V(shares[n]) * x, Normal<T>(x).cdf, tile[v]);
+            tile[v] = at::vec::fmadd(V(shares[n]) * x, cdf<T>(x), tile[v]);
           }
         for (int v = 0; v < vectors; ++v) tile[v].store(sum + d + v * step);
         d += vectors * step;
