@@ -121,10 +121,13 @@ def test_gradients_of_siglip_a_few_frames_at_a_time(valuew_plus, monkeypatch):
 def test_lora():
     """As once it is merged into the weights."""
     peft = pytest.importorskip("peft", reason="needs PEFT; pip install peft")
-    model, names = fresh(), ("multi_modal_projector.linear_1", "guide.visual_projection")
-    inputs = batch(4, 5)
+    torch.manual_seed(0)
+    # In float64: merging rounds in another way, which the temperature of 0.01 amplifies.
+    model, names = fresh().double(), ("multi_modal_projector.linear_1", "guide.visual_projection")
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch(4, 5).items()}
     before = model.get_video_features(**inputs)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=8, target_modules=[*names]), model.model)
+    model.double()
     for name in names:
         nn.init.normal_(model.model.get_submodule(name).lora_B["default"].weight)
     adapted = model.get_video_features(**inputs)
@@ -134,9 +137,9 @@ def test_lora():
         model.model.set_submodule(name, layer.get_base_layer())
     merged = model.get_video_features(**inputs)
     for first, one, other in zip(before.pooler_output, adapted.pooler_output, merged.pooler_output):
-        close(one, other, 1e-4)
+        close(one, other, 1e-9)
         assert (one - first).abs().max() > 1e-2
-    close(torch.cat(adapted.relevance), torch.cat(merged.relevance), 1e-5)
+    close(torch.cat(adapted.relevance), torch.cat(merged.relevance), 1e-9)
     assert not torch.allclose(torch.cat(adapted.relevance), torch.cat(before.relevance), rtol=0.1)
 
 
@@ -158,6 +161,7 @@ def test_another_activation(act, monkeypatch):
 
 def test_siglip_compiles_in_training():
     model = presets.build("tiny-qwen2")[0].model
+    torch.manual_seed(0)
     pixels = torch.randn(1, 20, 3, 42, 42)  # several chunks
     question = torch.tensor([[256, 5, 6, 257]])
     features = model.encode_frames(pixels[0], [20]).detach()
