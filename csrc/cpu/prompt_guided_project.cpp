@@ -2,8 +2,8 @@
 //     h[i] = gelu(z[i] + b1),  pooled[o] += sum_{i in o, i in the tile} p[o, i] h[i]
 // and the cosines of the guide's product.
 
-#include "rows.h"     // defines: Accumulator, Vec, dot_rows, dot_of, kStreams, load_vector, store_vectors, with_type
-#include "windows.h"  // defines: Place, place_of, patch_of, for_each_window, for_each_slot
+#include "rows.h"     // defines: Accumulator, Vec, kTile, dot_rows, dot_of, load_row, load_vector, with_type
+#include "windows.h"  // defines: Place, place_of, patch_of, for_each_patch, for_each_window
 
 namespace ppllava::CPU_CAPABILITY {
 namespace {
