@@ -25,6 +25,12 @@ if ON_HOST:
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random tensors for a test wherever and in whatever order it runs."""
+    torch.manual_seed(0)
+
+
 def pytest_report_header(config):
     if not GPU:
         return "no CUDA GPU: Triton runs in its interpreter, tests marked gpu are left out; `make gpu` runs them"
