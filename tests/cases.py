@@ -193,17 +193,16 @@ def check(op: str, case: Case, tensors: dict, place: tuple[str, str], layout=con
     there = {name: x if x is None else layout_preserving_copy(x, device) for name, x in tensors.items()}
     actual = run(op, case, there, backend, **options)
     exact = run(op, case, cast(tensors, F64), "reference", **options)
+    eager = eager_runs(op, case, tensors, **options)
     if tensors[OPS[op][0]].dtype == F64:
-        # Nothing is more exact than float64: eager's error there is taken to be float32's, scaled by the two eps, and
-        # counted twice, because `exact` has it, too.
+        # Nothing is more exact than float64, and `exact` has its error, too: eager's is also float32's, scaled by the
+        # two eps, and counted twice.
         single, ratio = cast(tensors, F32), 2 * torch.finfo(F64).eps / torch.finfo(F32).eps
         exact32 = run(op, case, cast(single, F64), "reference", **options)
-        eager = [
+        eager += [
             {name: exact[name] + ratio * (x.double() - exact32[name]) for name, x in outputs.items()}
             for outputs in eager_runs(op, case, single, **options)
         ]
-    else:
-        eager = eager_runs(op, case, tensors, **options)
     moved = [
         run(op, case, {k: x if x is None else nudged(x, seed) for k, x in tensors.items()}, "reference", **options)
         for seed in range(RUNS)

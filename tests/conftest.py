@@ -19,6 +19,10 @@ if ON_HOST:
     from cuda_on_host.backend import install
 
     install(Path(ON_HOST))
+elif not GPU:
+    from interpreter import make_fast
+
+    make_fast()
 
 # With warn_only every uninitialised tensor, at::empty in C++ included, is filled with NaN: a kernel that leaves an
 # element out cannot pass.
