@@ -36,7 +36,7 @@ void prompt_relevance(
   std::vector<Clip> clips;
   fill(args, clips, kCpu, image_embeds, text_embeds, scale, counts);
   args.text_embeds = kCpu.data(text_embeds);
-  args.relevance = kCpu.data(relevance);
+  args.relevance = kCpu.patches(relevance, image_embeds);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(prompt_relevance, args);
 }
@@ -49,8 +49,8 @@ void prompt_relevance_backward(
   std::vector<Clip> clips;
   fill(args, clips, kCpu, image_embeds, text_embeds, scale, counts);
   args.text_embeds = kCpu.data(text_embeds);
-  args.relevance = kCpu.data(relevance);
-  args.grad = kCpu.data(grad);
+  args.relevance = kCpu.patches(relevance, image_embeds);
+  args.grad = kCpu.patches(grad, image_embeds);
   args.grad_image = kCpu.grid(grad_image, grad_image.dim() - 1);
   args.grad_text = kCpu.data(grad_text);
   args.grad_scale = kCpu.data(grad_scale);
@@ -105,7 +105,7 @@ void pool_hidden(
     int64_t first, int64_t channel, const at::Tensor& features, const std::vector<Sizes>& window, const Sizes& counts,
     const Sizes& outputs, const Sizes& spans) {
   const Pool call(kCpu, features, std::nullopt, 1, window, counts, outputs, spans);
-  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, sums.size(-1));
+  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, channel, sums);
   args.pooled = from_channel(kCpu.data(sums), sums, channel);
   py::gil_scoped_release unlocked;
   PPLLAVA_CALL(pool_hidden, args);
@@ -117,7 +117,7 @@ void pool_hidden_backward(
     const std::vector<Sizes>& window, const Sizes& counts, const Sizes& outputs, const Sizes& spans) {
   const Pool call(kCpu, features, std::nullopt, 1, window, counts, outputs, spans);
   TORCH_CHECK(grad.scalar_type() == hidden.scalar_type(), "expected a gradient of the tile's dtype");
-  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, grad.size(-1));
+  TileArgs args = tile_of(call, kCpu, hidden, bias, shares, first, channel, grad);
   args.grad = from_channel(kCpu.data(grad), grad, channel);
   args.grad_scores = kCpu.data(dots);
   py::gil_scoped_release unlocked;

@@ -38,7 +38,7 @@ cuda::RelevanceCall call_of(
     const at::Tensor& text_embeds, const OptionalTensor& scale_tensor, double scale, const Sizes& counts) {
   cuda::RelevanceCall call{};
   fill(call, clips, on, image_embeds, text_embeds, scale, counts);
-  call.relevance = on.data(relevance);
+  call.relevance = on.patches(relevance, image_embeds);
   call.text = on.grid(text_embeds, 1);
   std::swap(call.text.stride[0], call.text.stride[3]);
   TORCH_CHECK(!scale_tensor || scale_tensor->scalar_type() == at::kFloat, "expected a float32 scale_tensor");
@@ -64,7 +64,7 @@ void prompt_relevance_backward(
   const Place on(image_embeds, stream);
   std::vector<Clip> clips;
   auto call = call_of(clips, on, relevance, image_embeds, text_embeds, scale_tensor, scale, counts);
-  call.grad = on.data(grad);
+  call.grad = on.patches(grad, image_embeds);
   call.grad_image = on.grid(grad_image, grad_image.dim() - 1);
   call.text_grad = on.grid(grad_text, 1);
   std::swap(call.text_grad.stride[0], call.text_grad.stride[3]);
@@ -101,6 +101,7 @@ void prompt_guided_pool3d(
   const Place on(values, stream);
   std::vector<Clip> clips;
   auto call = call_of(clips, on, relevance, image_embeds, text_embeds, scale_tensor, scale, counts);
+  on.patches(relevance, values);
   Pool pool(on, values, std::nullopt, temperature, window, counts, outputs, spans);
   pool.args.pooled = on.data(pooled);
   const at::Tensor memory = workspace(cuda::guided_bytes(call), relevance);
@@ -135,7 +136,7 @@ void pool_hidden(
     const Sizes& outputs, const Sizes& spans, intptr_t stream) {
   const Place on(hidden, stream);
   const Pool call(on, features, std::nullopt, 1, window, counts, outputs, spans);
-  TileArgs args = tile_of(call, on, hidden, bias, shares, first, sums.size(-1));
+  TileArgs args = tile_of(call, on, hidden, bias, shares, first, channel, sums);
   args.pooled = from_channel(on.data(sums), sums, channel);
   check_launch(cuda::pool_hidden(args, on.stream));
 }
@@ -147,7 +148,7 @@ void pool_hidden_backward(
   const Place on(hidden, stream);
   const Pool call(on, features, std::nullopt, 1, window, counts, outputs, spans);
   TORCH_CHECK(grad.scalar_type() == hidden.scalar_type(), "expected a gradient of the tile's dtype");
-  TileArgs args = tile_of(call, on, hidden, bias, shares, first, grad.size(-1));
+  TileArgs args = tile_of(call, on, hidden, bias, shares, first, channel, grad);
   args.grad = from_channel(on.data(grad), grad, channel);
   args.grad_scores = on.data(dots);
   check_launch(cuda::pool_hidden_backward(args, on.stream));

@@ -53,6 +53,15 @@ struct Tensors {
     TORCH_CHECK(x->is_contiguous(), "expected a contiguous tensor");
     return x->data_ptr();
   }
+
+  // One number for each patch of `like` [B, T, H, W, C], as precise as sums over its channels.
+  void* patches(const at::Tensor& x, const at::Tensor& like) const {
+    const auto dtype = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(
+        x.sizes() == like.sizes().slice(0, like.dim() - 1) && x.scalar_type() == dtype, "expected ", dtype,
+        " for each patch of ", like.sizes(), ", got ", x.scalar_type(), " ", x.sizes());
+    return data(x);
+  }
 };
 
 // counts: frames of each clip; ragged: the clips share one frame axis.
@@ -125,11 +134,23 @@ struct Pool {
     }
     args.clips = clips.data();
   }
+
+  // x: one row for each window, as the kernels read or write it.
+  void check_rows(const at::Tensor& x) const {
+    const int64_t windows = args.outputs * args.window.outputs[1] * args.window.outputs[2];
+    TORCH_CHECK(
+        x.dim() > 0 && x.numel() == windows * x.size(-1), "expected a row for each of ", windows, " windows, got ",
+        x.sizes());
+  }
 };
 
 inline void fill_backward(
     Pool& call, const Tensors& on, const OptionalTensor& grad_values, const OptionalTensor& grad_weights,
     const at::Tensor& shares, const OptionalTensor& grad_scores, const at::Tensor& grad) {
+  call.check_rows(grad);
+  TORCH_CHECK(
+      grad.size(-1) == call.args.channels && dtype_of(grad) == call.args.values.dtype,
+      "expected a gradient of the pooled shape and dtype");
   call.args.grad_values = on.grid(grad_values, call.axes);
   call.args.grad_weights = on.grid(grad_weights, call.axes);
   call.args.shares = on.data(shares);
@@ -137,12 +158,14 @@ inline void fill_backward(
   call.args.grad = on.data(grad);
 }
 
-// The channels `channel` ... of z [rows, channels] of the patches from `first` on.
+// The channels `channel` ... of z [rows, channels] of the patches from `first` on; windows: their sums, or gradients.
 inline TileArgs tile_of(
     const Pool& call, const Tensors& on, const at::Tensor& hidden, const OptionalTensor& bias, const at::Tensor& shares,
-    int64_t first, int64_t step) {
+    int64_t first, int64_t channel, const at::Tensor& windows) {
   TileArgs args{call.args};
+  call.check_rows(windows);
   TORCH_CHECK(hidden.dim() == 2, "expected a tile of 2 axes, got ", hidden.dim());
+  TORCH_CHECK(channel + hidden.size(1) <= windows.size(-1), "expected channels of the windows");
   TORCH_CHECK(!bias || bias->numel() == hidden.size(1), "expected a bias of the tile's channels");
   TORCH_CHECK(!bias || bias->scalar_type() == hidden.scalar_type(), "expected a bias of the tile's dtype");
   args.values = {on.data(hidden), dtype_of(hidden), {}};
@@ -151,7 +174,7 @@ inline TileArgs tile_of(
   args.first = first;
   args.rows = hidden.size(0);
   args.channels = hidden.size(1);
-  args.step = step;
+  args.step = windows.size(-1);
   return args;
 }
 

@@ -25,6 +25,8 @@ def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
             raise TypeError(
                 f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it, e.g. {name}.float()"
             )
+        if x.is_nested:
+            raise TypeError(f"{name} must not be nested, got a nested tensor; pack all frames and pass cu_frames")
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
         if head is None:
@@ -160,13 +162,18 @@ def split_logit_scale(
 
 def check_projector(
     features: Tensor,
+    norm_dtype: torch.dtype,
     linear_1_weight: Tensor,
     linear_1_bias: Tensor | None,
     linear_2_weight: Tensor,
     linear_2_bias: Tensor | None,
     **guide: Tensor | None,
 ) -> None:
-    """Weights that chain from `features`, all in its dtype; guide: norm_weight, norm_bias and guide_weight, if any."""
+    """Weights that chain from `features`, all in its dtype.
+
+    norm_dtype: that of features before autocast, which leaves the norm alone.
+    guide: norm_weight, norm_bias and guide_weight, if any.
+    """
     width = features.shape[-1]
     for name in ("norm_weight", "norm_bias"):
         x = guide.get(name)
@@ -190,10 +197,12 @@ def check_projector(
     layers = dict(linear_1_weight=linear_1_weight, linear_1_bias=linear_1_bias)
     layers |= dict(linear_2_weight=linear_2_weight, linear_2_bias=linear_2_bias)
     for name, x in (guide | layers).items():
-        exact = name.startswith("norm_") and features.dtype != torch.float32
-        if x is not None and x.dtype != features.dtype and not (exact and x.dtype == torch.float32):
+        norm = name.startswith("norm_")
+        allowed = {features.dtype, norm_dtype, torch.float32} if norm else {features.dtype}
+        if x is not None and x.dtype not in allowed:
+            dtype = norm_dtype if norm else features.dtype
             raise TypeError(
-                f"{name} must have the dtype of features, {features.dtype}{', or float32' if exact else ''}, got "
+                f"{name} must have the dtype of features, {dtype}{', or float32' if len(allowed) > 1 else ''}, got "
                 f"{x.dtype}; convert one of them, or run under torch.autocast"
             )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .backends import PROJECTOR, reference
+from .backends import PROJECTOR, products, reference
 from .checks import (
     check_backend,
     check_channels_last,
@@ -209,7 +208,8 @@ def prompt_guided_project(
 
     Args:
         features: [B, T, H, W, V] of the vision tower, without class token. Any strides with a contiguous channel axis.
-        text_embeds: [B, C] one prompt embedding per video, not normalised, of any floating dtype.
+        text_embeds: [B, C] one prompt embedding per video, not normalised, of any floating dtype, but float64 exactly
+            where features are.
         norm_weight, norm_bias, norm_eps: of the guide's layer norm over V; a weight or bias may be None.
         guide_weight: [C, V] from normalised features into the space of the text: CLIP's visual projection.
         linear_1_weight, linear_1_bias: [D', V] and [D'] or None, of the projector's first layer; gelu is the exact one.
@@ -221,7 +221,8 @@ def prompt_guided_project(
 
     All weights have the dtype of features, in which the matrix products are; the norm's may be float32. Under
     `torch.autocast` the products are in its dtype, and the norm before the guide is not. Scores, softmax and sums over
-    patches are float32 (float64 for float64).
+    patches are float32 (float64 for float64); in bfloat16 on a CPU the gradients of the weights are float32 sums of
+    one bfloat16 product for each thousand patches, as those of small batches.
 
     Returns:
         pooled: [B, To, Ho, Wo, D] in the dtype of features, with cu_frames as in :func:`weighted_pool3d`; or
@@ -239,7 +240,7 @@ def prompt_guided_project(
     if guide_dtype is not None:
         guide["guide_weight"] = guide_weight.to(guide_dtype)
     check_channels_last("features", features, cu_frames, "V")
-    check_projector(cast, **guide, **layers)
+    check_projector(cast, features.dtype, **guide, **layers)
     check_text(text_embeds, features, guide_weight, cu_frames)
     check_window(features, window, cu_frames)
     temperature, norm_eps = check_temperature(temperature), check_norm_eps(norm_eps)
@@ -292,7 +293,7 @@ def weighted_project(
     check_tensors(cu_frames, features=features, **_given({"weights": weights}), **_given(layers))
     _, features, layers = _autocast(features, layers)
     check_channels_last("features", features, cu_frames, "V")
-    check_projector(features, **layers)
+    check_projector(features, features.dtype, **layers)
     if weights is not None:
         check_grid("weights", weights.shape, features, cu_frames, match="features")
     check_window(features, window, cu_frames)
@@ -307,7 +308,7 @@ def _project(features, weights, layers, window, temperature, cu_frames, backend)
     weight_1, bias_1, weight_2, bias_2 = layers.values()
     # [B, To, Ho, Wo, D']
     hidden = library.ops.hidden_pool3d(features, weights, weight_1, bias_1, *window, temperature, cu_frames, backend)
-    return F.linear(hidden, weight_2, bias_2)
+    return products.linear(hidden, weight_2, bias_2)
 
 
 def _given(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:

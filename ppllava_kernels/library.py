@@ -204,23 +204,23 @@ def guide_relevance_fake(features, *arguments):
 
 @_register(
     f"guide_relevance_backward(Tensor grad, Tensor relevance, Tensor cosines, {_PROJECTED}, bool need_features, "
-    "bool need_norm, bool need_guide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool need_text, bool need_norm, bool need_guide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def guide_relevance_backward(grad, relevance, cosines, features, *arguments):
-    *arguments, backend, need_features, need_norm, need_guide = arguments
+    *arguments, backend, need_features, need_text, need_norm, need_guide = arguments
     return BACKENDS[backend].guide_relevance_backward(
-        features, grad, relevance, cosines, *arguments, need_features, need_norm, need_guide
+        features, grad, relevance, cosines, *arguments, need_features, need_text, need_norm, need_guide
     )
 
 
 @_fake
 def guide_relevance_backward_fake(
     grad, relevance, cosines, features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps,
-    guide_weight, cu_frames, backend, need_features, need_norm, need_guide,
+    guide_weight, cu_frames, backend, need_features, need_text, need_norm, need_guide,
 ):  # fmt: skip
     return (
         features.new_empty(features.shape if need_features else 0),
-        text_embeds.new_empty(text_embeds.shape),
+        text_embeds.new_empty(text_embeds.shape if need_text else 0),
         grad.new_empty((), dtype=_accumulator(features)),
         *(
             features.new_empty(0) if x is None or not need_norm else x.new_empty(x.shape)
@@ -250,30 +250,29 @@ def hidden_pool3d_fake(
 
 @_register(
     f"hidden_pool3d_backward(Tensor grad, Tensor features, Tensor? weights, {_LINEAR}, {_WINDOW}, {_WHERE}, "
-    "bool need_features, bool need_weights, bool need_linear) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool need_features, bool need_weights, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def hidden_pool3d_backward(
     grad, features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames,
-    backend, need_features, need_weights, need_linear,
+    backend, need_features, need_weights, need_weight, need_bias,
 ):  # fmt: skip
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
     return BACKENDS[backend].hidden_pool3d_backward(
         features, grad, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames, need_features,
-        need_weights, need_linear,
+        need_weights, need_weight, need_bias,
     )  # fmt: skip
 
 
 @_fake
 def hidden_pool3d_backward_fake(
     grad, features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames,
-    backend, need_features, need_weights, need_linear,
+    backend, need_features, need_weights, need_weight, need_bias,
 ):  # fmt: skip
-    bias = linear_1_bias
     return (
         features.new_empty(features.shape if need_features else 0),
         weights.new_empty(weights.shape) if need_weights else features.new_empty(0),
-        linear_1_weight.new_empty(linear_1_weight.shape if need_linear else 0),
-        features.new_empty(0) if bias is None or not need_linear else bias.new_empty(bias.shape),
+        linear_1_weight.new_empty(linear_1_weight.shape if need_weight else 0),
+        linear_1_bias.new_empty(linear_1_bias.shape) if need_bias else features.new_empty(0),
     )
 
 
@@ -336,10 +335,10 @@ def _guide_backward(ctx, grad, _):
     relevance, cosines, features, text_embeds, scale_tensor, *weights, cu_frames = ctx.saved_tensors
     norm_weight, norm_bias, guide_weight = weights
     need = ctx.needs_input_grad
-    need_features, need_norm, need_guide = need[0], need[4] or need[5], need[7]
+    need_norm = need[4] or need[5]
     features, text, scale, weight, bias, guide = ops.guide_relevance_backward(
         grad, relevance, cosines, features, text_embeds, scale_tensor, ctx.scale, norm_weight, norm_bias,
-        ctx.norm_eps, guide_weight, cu_frames, ctx.backend, need_features, need_norm, need_guide,
+        ctx.norm_eps, guide_weight, cu_frames, ctx.backend, *need[:2], need_norm, need[7],
     )  # fmt: skip
     grads = (features, text, scale, None, weight, bias, None, guide)
     return *_where_needed(need[:8], grads), None, None
@@ -354,9 +353,8 @@ def _hidden_backward(ctx, grad):
     features, weights, linear_1_weight, linear_1_bias, cu_frames = ctx.saved_tensors
     need = ctx.needs_input_grad[:4]
     grads = ops.hidden_pool3d_backward(
-        grad, features, weights, linear_1_weight, linear_1_bias, *ctx.window, cu_frames, ctx.backend, *need[:2],
-        any(need[2:]),
-    )  # fmt: skip
+        grad, features, weights, linear_1_weight, linear_1_bias, *ctx.window, cu_frames, ctx.backend, *need
+    )
     return *_where_needed(need, grads), None, None, None, None, None, None
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import check_name
-from .checks import check_logit_scale, check_temperature
+from .checks import check_channels_last, check_logit_scale, check_temperature, check_tensors
 from .functional import (
     Size,
     prompt_guided_pool3d,
@@ -161,7 +161,9 @@ class PromptGuidedProjector(PromptGuidedPool3d):
     ) -> tuple[Tensor, Tensor]:
         """(pooled, relevance) of :func:`prompt_guided_project` with this guide and window, and the layers of self."""
         where = dict(cu_frames=cu_frames, backend=backend)
-        guided = _is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == features.shape[-1:]
+        check_tensors(cu_frames, features=features, text_embeds=text_embeds)
+        self._check_features(features, cu_frames, guide)
+        guided = _is_plain(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
         guided = guided and _is_plain(guide, nn.Linear) and guide.bias is None
         if guided and self._are_plain():
             return prompt_guided_project(
@@ -183,9 +185,23 @@ class PromptGuidedProjector(PromptGuidedPool3d):
 
     def project(self, features: Tensor, weights: Tensor | None, **arguments) -> Tensor:
         """:func:`weighted_project` of features [B, T, H, W, V] and scores [B, T, H, W] with the layers of self."""
+        cu_frames = arguments.get("cu_frames")
+        check_tensors(cu_frames, features=features)
+        self._check_features(features, cu_frames)
         if self._are_plain():
             return weighted_project(features, weights, **self._weights(), **arguments)
         return self.linear_2(weighted_pool3d(self.act(self.linear_1(features)), weights, **arguments))
+
+    def _check_features(self, features: Tensor, cu_frames: Tensor | None, guide: nn.Module | None = None) -> None:
+        """What modules that are called as they are would say in words of their own."""
+        check_channels_last("features", features, cu_frames, "V")
+        for name, module in (("guide", guide), ("linear_1", self.linear_1)):
+            width = getattr(module, "in_features", features.shape[-1])
+            if width != features.shape[-1]:
+                raise ValueError(
+                    f"features must have the V = {width} channels that {name} takes, got {list(features.shape)}; "
+                    "pass the features of the vision tower that it belongs to"
+                )
 
     def _weights(self) -> dict[str, Tensor | None]:
         names = [(layer, part) for layer in ("linear_1", "linear_2") for part in ("weight", "bias")]

@@ -51,7 +51,12 @@ def make_window(
                 f"stride must be None where output_size sets the windows, got stride={stride!r}; "
                 "drop it or pass kernel_size instead of output_size"
             )
-        return Window((), (), triple("output_size", output_size))
+        size = triple("output_size", output_size)
+        if size[0] * size[1] * size[2] >= 2**31:
+            raise ValueError(
+                f"output_size must give fewer than 2**31 tokens per video, got {size}; pass for example (16, 8, 8)"
+            )
+        return Window((), (), size)
     kernel = triple("kernel_size", kernel_size)
     return Window(kernel, kernel if stride is None else triple("stride", stride), ())
 

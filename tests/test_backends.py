@@ -209,3 +209,39 @@ def test_the_projector_where_cpp_was_not_built(monkeypatch):
     assert project() == dict.fromkeys(OPS, "triton")
     with pytest.raises(ValueError, match=r"^backend='cpp' cannot run: the C\+\+ extension is not there$"):
         project(backend="cpp")
+
+
+FEATURES = torch.randn(1, 4, 6, 6, 8)
+WEIGHT = torch.randn(16, 8)
+RELEVANCE, EMBEDS, TEXT = torch.rand(1, 4, 6, 6), torch.randn(1, 4, 6, 6, 5), torch.randn(1, 5)
+WHERE = ((2, 3, 3), (2, 3, 3), (), 0.01, None, "cpp")
+DIRECT = {
+    "a row for each of 8 windows, got [1, 16]": (
+        "hidden_pool3d_backward",
+        (torch.randn(1, 1, 1, 1, 16), FEATURES, None, WEIGHT, None, *WHERE, True, False, True, False),
+    ),
+    "a row for each of 8 windows, got [1, 1, 1, 1, 8]": (
+        "weighted_pool3d_backward",
+        (torch.randn(1, 1, 1, 1, 8), FEATURES, RELEVANCE, *WHERE, True, True),
+    ),
+    "a gradient of the pooled shape and dtype": (
+        "weighted_pool3d_backward",
+        (torch.randn(1, 2, 2, 2, 7), FEATURES, RELEVANCE, *WHERE, True, True),
+    ),
+    "Float for each patch of [1, 4, 6, 6, 5], got Float [1, 4, 6, 5]": (
+        "prompt_relevance_backward",
+        (RELEVANCE[..., 1:], RELEVANCE, EMBEDS, TEXT, None, 1.0, None, "cpp"),
+    ),
+    "Float for each patch of [1, 4, 6, 6, 5], got Double [1, 4, 6, 6]": (
+        "prompt_relevance_backward",
+        (RELEVANCE, RELEVANCE.double(), EMBEDS, TEXT, None, 1.0, None, "cpp"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DIRECT)
+def test_registered_ops_do_not_trust_their_caller(message):
+    """torch.ops is open to all; without these checks they read beyond the end of a tensor."""
+    name, arguments = DIRECT[message]
+    with pytest.raises(RuntimeError, match=f"^expected {re.escape(message)}"):
+        getattr(torch.ops.ppllava_kernels, name)(*arguments)

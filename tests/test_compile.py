@@ -61,10 +61,15 @@ def projector(frames=4, ragged=False):
     return {name: x.requires_grad_() for name, x in make_projector_inputs(case, seed=frames).items()}
 
 
+MATRICES = ("guide_weight", "linear_1_weight")
+
+
 def projector_arguments():
     """(name, arguments) of the projector's registered ops, with and without what is optional."""
     for cu_frames in (None, RAGGED):
         x = projector(3, ragged=cu_frames is not None)
+        if cu_frames is None:  # transposed views, as CLIP's own checkpoints have; their gradients are contiguous
+            x |= {name: x[name].detach().t().contiguous().t().requires_grad_() for name in MATRICES}
         y = {name: v.detach() for name, v in x.items()}
         where = (cu_frames, "cpp")
         for norm, scale in (("norm_weight", "logit_scale"), (None, None)):
@@ -73,7 +78,7 @@ def projector_arguments():
             yield "guide_relevance", (*(named(x, name) for name in guide), *where)
             detached = *(named(y, name) for name in guide), *where
             outputs = library.ops.guide_relevance(*detached)
-            for need in (True, norm is not None, True), (False, False, False):
+            for need in (True, True, norm is not None, True), (False,) * 4:
                 yield "guide_relevance_backward", (outputs[0], *outputs, *detached, *need)
         for window in ((2, 3, 3), (2, 3, 3), ()), ((), (), (2, 2, 1)):
             for weights, bias in (("weights", "linear_1_bias"), (None, None)):
@@ -81,7 +86,7 @@ def projector_arguments():
                 yield "hidden_pool3d", (*(named(x, name) for name in inputs), *window, 0.01, *where)
                 detached = (*(named(y, name) for name in inputs), *window, 0.01, *where)
                 grad = library.ops.hidden_pool3d(*detached)
-                for need in (True, weights is not None, True), (False, False, False):
+                for need in (True, weights is not None, True, bias is not None), (False,) * 4:
                     yield "hidden_pool3d_backward", (grad, *detached, *need)
 
 
@@ -196,8 +201,12 @@ def projected(frames=4, ragged=False):
     ("window", "compiler"), [(KERNEL, "inductor"), (ADAPTIVE, "aot_eager")], ids=["kernel", "adaptive"]
 )
 def test_compile_the_projector(window, compiler):
-    """One graph for any number of frames, forward and backward; products and gradients of all weights."""
+    """One graph for any number of frames, forward and backward; products and gradients of all weights, transposed."""
     graphs = []
+
+    def transposed(frames):
+        pairs = zip(OPS["prompt_guided_project"], projected(frames))
+        return [x.detach().t().contiguous().t().requires_grad_() if name in MATRICES else x for name, x in pairs]
 
     def count(graph, example_inputs):
         graphs.append(graph)
@@ -208,8 +217,8 @@ def test_compile_the_projector(window, compiler):
     counted = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
     for frames in (4, 7):
-        expected = results(function, projected(frames))
-        for actual in (results(counted, projected(frames)), results(compiled, projected(frames))):
+        expected = results(function, transposed(frames))
+        for actual in (results(counted, transposed(frames)), results(compiled, transposed(frames))):
             for a, e in zip(actual, expected):
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1

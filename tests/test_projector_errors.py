@@ -205,6 +205,14 @@ def test_weights_of_another_dtype(op, name):
         assert call(op, good() | {name: good()[name].bfloat16()}).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_nested_tensors(op, layout):
+    features = torch.nested.nested_tensor([torch.randn(4, H, W, V), torch.randn(2, H, W, V)], layout=layout)
+    message = "features must not be nested, got a nested tensor; pack all frames and pass cu_frames"
+    rejected(op, good() | dict(features=features), TypeError, message)
+
+
 @pytest.mark.parametrize(("op", "name"), parameters(TENSORS))
 def test_float64_beside_float32(op, name):
     message = (
@@ -250,6 +258,11 @@ OPTIONS = {
         dict(kernel_size=None),
         ValueError,
         "exactly one of kernel_size and output_size must be given, got neither; pass one of them",
+    ),
+    "output_size_huge": (
+        dict(kernel_size=None, output_size=(2**20, 2**11, 1)),
+        ValueError,
+        "output_size must give fewer than 2**31 tokens per video, got (1048576, 2048, 1); pass for example (16, 8, 8)",
     ),
     "stride_zero": (
         dict(stride=0),

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
     DTYPES,
+    F16,
     F32,
     F64,
     GUIDE,
@@ -19,6 +21,7 @@ from cases import (
     with_layouts,
 )
 from close import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
 from ppllava_kernels.backends import products
@@ -229,6 +232,20 @@ def test_autocast(place):
         assert x.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("own", "other"), [(BF16, F16), (F16, BF16)])
+def test_autocast_of_16_bits_to_16_others(own, other, backend):
+    """The norm stays as it is, the products change; as a model in bfloat16 under the autocast of a training loop."""
+    inputs = {k: v for k, v in make_projector_inputs(CASES["leftover"], (own,) * 4).items() if k != "weights"}
+    options = dict(norm_eps=1e-5, **CASES["leftover"].window, return_relevance=True, temperature=1.0, backend=backend)
+    expected, relevance = prompt_guided_project(**inputs, **options)
+    with torch.autocast("cpu", other):
+        actual = prompt_guided_project(**inputs, **options)
+    assert actual[0].dtype == other
+    torch.testing.assert_close(actual[0].float(), expected.float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(actual[1], relevance, rtol=0.05, atol=1e-3)
+
+
 def test_a_norm_in_float32(place):
     """As after model.bfloat16() and norm.float(): it is one of float32, and its gradients are."""
     case = CASES["ragged"]
@@ -237,15 +254,76 @@ def test_a_norm_in_float32(place):
 
 
 @pytest.mark.parametrize(
-    "wanted", ["features", "text_embeds", "norm_weight", "guide_weight", "linear_1_bias", "logit_scale"]
+    ("wanted", "guide_tiles", "weight_products"),
+    [
+        ("features", 1, 1),
+        ("text_embeds", 1, 0),
+        ("norm_weight", 1, 0),
+        ("guide_weight", 1, 1),
+        ("linear_1_weight", 0, 1),
+        ("linear_1_bias", 0, 0),
+        ("linear_2_weight", 0, 0),
+        ("logit_scale", 0, 0),
+    ],
 )
-def test_only_what_is_asked_for(wanted):
-    """With the gradient of one tensor alone, the others cost nothing and it is the same."""
+def test_only_what_is_asked_for(wanted, guide_tiles, weight_products, monkeypatch):
+    """With the gradient of one tensor alone it is the same, and products for the others are not made."""
     case = CASES["leftover"]
     inputs = {k: v for k, v in make_projector_inputs(case).items() if k != "weights"}
     options = dict(norm_eps=1e-5, **case.window, backend="cpp")
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     prompt_guided_project(**leaves, **options).square().sum().backward()
     alone = inputs | {wanted: inputs[wanted].clone().requires_grad_()}
-    prompt_guided_project(**alone, **options).square().sum().backward()
+    pooled = prompt_guided_project(**alone, **options)
+    seen = {"guide": 0, "product": 0}
+    count_calls(monkeypatch, products.Norm, "__call__", seen, "guide")
+    count_calls(monkeypatch, products, "_add_product", seen, "product")
+    pooled.square().sum().backward()
+    assert seen == {"guide": guide_tiles * case.batch, "product": weight_products * case.batch}
     torch.testing.assert_close(alone[wanted].grad, leaves[wanted].grad, rtol=1e-6, atol=1e-7)
+
+
+def count_calls(monkeypatch, owner, name, seen, key):
+    function = getattr(owner, name)
+
+    def counted(*arguments):
+        seen[key] += 1
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("z", [-4.0, -4.25, -4.5, -30.0, -1e3, -1e4, float("-inf")])
+def test_gelu_far_below_zero(z, place):
+    """Features in the thousands are usual: what an approximation leaves of gelu there is multiplied by them."""
+    backend, device = place
+    channels = 67  # more than one vector, and a rest
+    features = torch.full((1, 1, 1, 2, 1), z, dtype=BF16, device=device)
+    ones = dict(dtype=BF16, device=device)
+    layers = dict(linear_1_weight=torch.ones(channels, 1, **ones), linear_1_bias=None)
+    layers |= dict(linear_2_weight=torch.eye(channels, **ones), linear_2_bias=None)
+    pooled = weighted_project(features, None, **layers, kernel_size=(1, 1, 2), backend=backend)
+    expected = torch.nn.functional.gelu(features.double())[..., :1, :].expand(1, 1, 1, 1, channels)
+    torch.testing.assert_close(pooled.double(), expected, rtol=2**-8, atol=6e-5, equal_nan=True)
+
+
+def test_float16_on_a_cpu_is_multiplied_as_float32():
+    """In the second layer, too, forward and backward: PyTorch's own float16 products are many times slower."""
+    inputs = make_projector_inputs(CASES["leftover"], DTYPES["fp16"])
+    inputs = {k: v.requires_grad_() for k, v in inputs.items() if k not in ("text_embeds", "logit_scale", *GUIDE)}
+    with Products() as seen:
+        weighted_project(**inputs, **CASES["leftover"].window, backend="cpp").sum().backward()
+    assert seen.dtypes == {torch.float32}
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))

@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import clip_counts
@@ -63,15 +64,30 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _widens(x: Tensor) -> bool:
+    """On CPUs PyTorch multiplies float16 far slower than float32."""
+    return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
 def _operand(x: Tensor) -> Tensor:
-    """x as the products take it: on CPUs PyTorch multiplies float16 far slower than float32."""
-    return x.float() if x.dtype == torch.float16 and x.device.type == "cpu" else x
+    """x as the products take it."""
+    return x.float() if _widens(x) else x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, multiplied as the products here are; differentiable."""
+    if not _widens(x):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _add_product(sum: Tensor, a: Tensor, b: Tensor) -> None:
-    """sum += a b, in the dtype of sum."""
+    """sum += a b in the dtype of sum; on CPUs, whose library has no such product of bfloat16, a b is rounded first."""
     if sum.dtype == a.dtype:
         sum.addmm_(a, b)
+    elif sum.is_cuda:
+        sum += torch.mm(a, b, out_dtype=sum.dtype)
     else:
         sum += a @ b
 
@@ -156,7 +172,7 @@ def grad_logits(grad: Tensor, relevance: Tensor, counts: tuple[int, ...]) -> Ten
 @_without_autocast
 def guide_relevance_backward(
     features, grad, relevance, cosines, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps,
-    guide_weight, cu_frames, need_features, need_norm, need_guide,
+    guide_weight, cu_frames, need_features, need_text, need_norm, need_guide,
 ):  # fmt: skip
     """Gradients of features, text_embeds, scale_tensor, norm_weight, norm_bias and guide_weight."""
     # e = P LN(x), e^ = e / |e|, cos = e^ . c^, l = s cos;  dcos = s dl
@@ -172,11 +188,12 @@ def guide_relevance_backward(
     norm = make_norm(features, norm_weight, norm_bias, norm_eps)
     sums = {
         "unit": torch.zeros_like(text),
-        "guide": torch.zeros_like(guide, dtype=dtype) if need_guide else None,
+        "guide": features.new_zeros(guide.shape, dtype=dtype) if need_guide else None,
         "norm": features.new_zeros(2, features.shape[-1], dtype=dtype) if need_norm else None,
     }
     grad_features = features.new_empty(features.shape) if need_features else None
-    for tile in tiles(features, counts):
+    # That of scale_tensor comes from the cosines.
+    for tile in tiles(features, counts) if need_features or need_text or need_norm or need_guide else ():
         normed, mean, deviation = norm(tile.rows)
         normed = normed.to(guide.dtype)  # [R, V]
         embeds = normed @ guide.t()  # [R, C]
@@ -200,9 +217,11 @@ def guide_relevance_backward(
             for sum, one, asked in zip(sums["norm"] if need_norm else (), grads[1:], mask[1:]):
                 if asked:
                     sum += one
-    grad_unit = sums["unit"]
-    grad_text = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
-    grad_text = torch.where(length > EPS, grad_text, 0).to(text_embeds.dtype)
+    grad_text = None
+    if need_text:
+        grad_unit = sums["unit"]
+        grad_text = (grad_unit - (grad_unit * unit).sum(-1, keepdim=True) * unit) / length
+        grad_text = torch.where(length > EPS, grad_text, 0).to(text_embeds.dtype)
     grad_norm = (
         sums["norm"][n].to(x.dtype, copy=True) if need_norm and x is not None else None
         for n, x in enumerate((norm_weight, norm_bias))
@@ -223,7 +242,7 @@ def _tile_buffer(features: Tensor, channels: int) -> tuple[int, Tensor]:
     rows, most = TILE[features.device.type]
     frames = features.numel() // (features.shape[-1] * height * width)
     rows = min(max(rows, width), frames * height * width)
-    dtype = torch.float32 if features.dtype == torch.float16 and features.device.type == "cpu" else features.dtype
+    dtype = torch.float32 if _widens(features) else features.dtype
     return min(channels, most), features.new_empty(rows * min(channels, most), dtype=dtype)
 
 
@@ -248,7 +267,7 @@ def hidden_pool3d(kernels, features, weights, linear_1_weight, linear_1_bias, wi
 @_without_autocast
 def hidden_pool3d_backward(
     kernels, features, grad, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames, need_features,
-    need_weights, need_linear,
+    need_weights, need_weight, need_bias,
 ):  # fmt: skip
     """Gradients of features, weights, linear_1_weight and linear_1_bias; z is computed again, tile by tile."""
     cu_frames = None if cu_frames is None else cu_frames.cpu()  # where each of the next two would wait for it
@@ -258,10 +277,8 @@ def hidden_pool3d_backward(
     dots = torch.zeros_like(shares) if need_weights else None
     step, buffer = _tile_buffer(features, width)
     grad = grad.to(buffer.dtype).contiguous().view(-1, width)  # [windows, D]
-    grad_weight = torch.zeros_like(linear_1_weight, dtype=dtype) if need_linear else None
-    grad_bias = None
-    if need_linear and linear_1_bias is not None:
-        grad_bias = torch.zeros_like(linear_1_bias, dtype=dtype)
+    grad_weight = features.new_zeros(linear_1_weight.shape, dtype=dtype) if need_weight else None
+    grad_bias = features.new_zeros(width, dtype=dtype) if need_bias else None
     grad_features = features.new_empty(features.shape) if need_features else None
     for tile in tiles(features, clip_counts(features, cu_frames)):
         rows = _operand(tile.rows)
@@ -272,9 +289,9 @@ def hidden_pool3d_backward(
             z = torch.mm(rows, weight.t(), out=buffer[: len(rows) * len(weight)].view(len(rows), -1))
             bias = None if linear_1_bias is None else linear_1_bias[part].to(z.dtype).contiguous()
             kernels.pool_hidden_backward(z, bias, shares, dots, grad, tile.first, channel, features, plan)
-            if need_linear:
+            if need_weight:
                 _add_product(grad_weight[part], z.t(), rows)
-            if grad_bias is not None:
+            if need_bias:
                 grad_bias[part] += z.sum(0, dtype=dtype)
             if need_features:
                 _add_product(grad_rows, z, weight)
