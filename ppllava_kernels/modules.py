@@ -161,8 +161,6 @@ class PromptGuidedProjector(PromptGuidedPool3d):
     ) -> tuple[Tensor, Tensor]:
         """(pooled, relevance) of :func:`prompt_guided_project` with this guide and window, and the layers of self."""
         where = dict(cu_frames=cu_frames, backend=backend)
-        check_tensors(cu_frames, features=features, text_embeds=text_embeds)
-        self._check_features(features, cu_frames, guide)
         guided = _is_plain(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
         guided = guided and _is_plain(guide, nn.Linear) and guide.bias is None
         if guided and self._are_plain():
@@ -179,29 +177,17 @@ class PromptGuidedProjector(PromptGuidedPool3d):
                 **where,
                 **window,
             )
+        _check_features(features, cu_frames, "guide", guide)
         image_embeds = guide(features if norm is None else norm(features))  # [B, T, H, W, C]
         relevance = prompt_relevance(image_embeds, text_embeds, logit_scale=logit_scale, **where)
         return self.project(features, relevance, **where, **window), relevance
 
     def project(self, features: Tensor, weights: Tensor | None, **arguments) -> Tensor:
         """:func:`weighted_project` of features [B, T, H, W, V] and scores [B, T, H, W] with the layers of self."""
-        cu_frames = arguments.get("cu_frames")
-        check_tensors(cu_frames, features=features)
-        self._check_features(features, cu_frames)
         if self._are_plain():
             return weighted_project(features, weights, **self._weights(), **arguments)
+        _check_features(features, arguments.get("cu_frames"), "linear_1", self.linear_1)
         return self.linear_2(weighted_pool3d(self.act(self.linear_1(features)), weights, **arguments))
-
-    def _check_features(self, features: Tensor, cu_frames: Tensor | None, guide: nn.Module | None = None) -> None:
-        """What modules that are called as they are would say in words of their own."""
-        check_channels_last("features", features, cu_frames, "V")
-        for name, module in (("guide", guide), ("linear_1", self.linear_1)):
-            width = getattr(module, "in_features", features.shape[-1])
-            if width != features.shape[-1]:
-                raise ValueError(
-                    f"features must have the V = {width} channels that {name} takes, got {list(features.shape)}; "
-                    "pass the features of the vision tower that it belongs to"
-                )
 
     def _weights(self) -> dict[str, Tensor | None]:
         names = [(layer, part) for layer in ("linear_1", "linear_2") for part in ("weight", "bias")]
@@ -224,6 +210,18 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
         and "forward" not in vars(module)
         and all(x is None or type(x) in _TENSORS for x in module._parameters.values())
     )
+
+
+def _check_features(features: Tensor, cu_frames: Tensor | None, name: str, module: nn.Module) -> None:
+    """What `module`, which is called as it is, would say in words of its own."""
+    check_tensors(cu_frames, features=features)
+    check_channels_last("features", features, cu_frames, "V")
+    width = getattr(module, "in_features", features.shape[-1])
+    if width != features.shape[-1]:
+        raise ValueError(
+            f"features must have the V = {width} channels that {name} takes, got {list(features.shape)}; "
+            "pass the features of the vision tower that it belongs to"
+        )
 
 
 def _check_modules(

@@ -1,5 +1,6 @@
 """Backends on devices, as parameters of every op test, and the settings that all tests run under."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ if ON_HOST:
     from cuda_on_host.backend import install
 
     install(Path(ON_HOST))
-elif not GPU:
+elif not GPU and importlib.util.find_spec("triton"):
     from interpreter import make_fast
 
     make_fast()

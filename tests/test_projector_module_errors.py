@@ -97,28 +97,32 @@ def test_errors_of_text_embeds(changed):
         projector(features, text[:1])
 
 
-@pytest.mark.parametrize("changed", [None, "norm", "guide", "linear_1"])
+CHANGED = {
+    None: "norm_weight must be [V] with the V of features [2, 4, 6, 6, 11], got [12]; ",
+    "norm": "features must have the V = 12 channels that guide takes, got [2, 4, 6, 6, 11]; ",
+    "guide": "features must have the V = 12 channels that guide takes, got [2, 4, 6, 6, 11]; ",
+    "linear_1": "features must have the V = 12 channels that guide takes, got [2, 4, 6, 6, 11]; ",
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
 def test_errors_of_features(changed):
     """In one sentence also where a module is called as it is."""
     features, text = inputs()
-    projector = build()
+    narrow = features[..., 1:].contiguous()
+    projector, mean = build(), build(norm=None, guide=None, return_relevance=False)
     if changed:
         subclass(projector, changed)
-    width = features.shape[-1]
 
-    def rejected(error, message, *arguments):
+    def rejected(error, message, *arguments, projector=projector):
         with pytest.raises(error, match=f"^{re.escape(message)}"):
             projector(*arguments)
 
     rejected(TypeError, "features must be a tensor, got list; wrap it with torch.as_tensor", [1.0], text)
-    rejected(ValueError, "features must be [B, T, H, W, V], got shape [", features[0], text)
-    name = "linear_1" if projector.guide is None else "guide"
-    message = (
-        f"features must have the V = {width} channels that {name} takes, got {list(features[..., 1:].shape)}; pass "
-    )
-    rejected(ValueError, message, features[..., 1:].contiguous(), text)
-    mean = build(norm=None, guide=None, return_relevance=False)
+    rejected(ValueError, "features must be [B, T, H, W, V], got shape [4, 6, 6, 12]; ", features[0], text)
+    rejected(ValueError, CHANGED[changed], narrow, text)
+    message = "linear_1_weight must be [D', V] with V = 11 to follow features [2, 4, 6, 6, 11], got [24, 12]; "
     if changed == "linear_1":
         subclass(mean, changed)
-    with pytest.raises(ValueError, match=rf"^features must have the V = {width} channels that linear_1 takes, got \["):
-        mean(features[..., 1:].contiguous())
+        message = "features must have the V = 12 channels that linear_1 takes, got [2, 4, 6, 6, 11]; "
+    rejected(ValueError, message, narrow, projector=mean)

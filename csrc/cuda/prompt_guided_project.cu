@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (row >= tile.patches.volume()) return;
   int at[3];
   tile.patches.place(row, at);
-  const PatchWindows windows(a, tile.clip, at[0], at[1], at[2]);
+  const PatchWindows windows(a, tile.clip, at);
   with_rows(a.values.dtype, tile_aligned(a, a.grad, a.values.dtype), [&](auto zero, auto aligned) {
     using T = decltype(zero);
     row_backward<T, decltype(aligned)::value>(a, static_cast<T*>(a.values.data) + row * a.channels, windows);

@@ -1,6 +1,6 @@
 // y[o] = sum_{i in o} p[o, i] v[i],  p[o, i] = softmax_{i in o}(w[i] / temperature)
 
-#include "windows.cuh"  // defines: PooledWindow, WindowSoftmax, pool_window, weigh_rows
+#include "windows.cuh"  // defines: PooledWindow, LaunchedPatch, PatchWindows, WindowSoftmax, pool_window, weigh_rows
 
 namespace ppllava::cuda {
 namespace {
@@ -109,55 +109,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     backward_patches(const __grid_constant__ PoolArgs a, const __grid_constant__ Batch batch, int64_t items) {
   const int64_t item = int64_t{blockIdx.x} * kWarps + warp_id();
   if (item >= items) return;
-  const int in_frame = static_cast<int>(a.height * a.width), width = static_cast<int>(a.width);
-  // Frames of the launch follow each other, clip after clip.
-  const int64_t frame = item / in_frame + (batch.ragged ? batch.clip[0].first_frame : 0);
-  const int in_clip = static_cast<int>(item % in_frame);
-  const int b = batch.ragged ? batch.find(&DeviceClip::first_frame, static_cast<int>(frame))
-                             : static_cast<int>(frame / batch.clip[0].frames);
-  const DeviceClip clip = batch.at(b);
-  const int t = static_cast<int>(frame - (batch.ragged ? clip.first_frame : int64_t{b} * clip.frames));
-  const int at[3] = {t, in_clip / width, in_clip % width};
-  DeviceAxis axes[3];
-  Box windows;
-  for (int n = 0; n < 3; ++n) {
-    axes[n] = axis_of(a, clip, n);
-    windows.begin[n] = axes[n].first(at[n]);
-    const int size = axes[n].last(at[n]) - windows.begin[n];
-    windows.size[n] = size > 0 ? size : 0;
-  }
-  const int count = windows.volume();
-  const int64_t slots = clip.span * a.window.high * a.window.wide;
-  const auto slot = [&](int k, int64_t& window) {
-    int o[3];
-    windows.place(k, o);
-    const int64_t local = (o[0] * a.window.outputs[1] + o[1]) * a.window.outputs[2] + o[2];
-    window = clip.first_output * a.window.outputs[1] * a.window.outputs[2] + local;
-    const int inside[3] = {at[0] - axes[0].begin(o[0]), at[1] - axes[1].begin(o[1]), at[2] - axes[2].begin(o[2])};
-    return clip.first_slot + local * slots + (inside[0] * a.window.high + inside[1]) * a.window.wide + inside[2];
-  };
+  const LaunchedPatch patch(a, batch, item);
+  const PatchWindows windows(a, patch.clip, patch.at);
+  const int count = windows.windows.volume();
   const auto term = [&](int k) -> Term {
     if (k >= count) return {0, 0};
     int64_t window;
-    const int64_t n = slot(k, window);
+    const int64_t n = windows.slot(k, window);
     return {static_cast<const float*>(a.shares)[n], window * a.channels};
   };
-  const int64_t clip_in_call = batch.first + b, frame_in_axis = clip.first_frame + t;
   if (a.grad_weights.data) {
     float sum = 0;
     for (int k = lane_id(); k < count; k += kWarp) {
       int64_t window;
-      sum += static_cast<const float*>(a.grad_scores)[slot(k, window)];
+      sum += static_cast<const float*>(a.grad_scores)[windows.slot(k, window)];
     }
     sum = warp_sum(sum);
-    const int64_t offset = a.grad_weights.offset(clip_in_call, frame_in_axis, at[1], at[2]);
-    if (lane_id() == 0) store_scalar(a.grad_weights, offset, sum);
+    if (lane_id() == 0) store_scalar(a.grad_weights, patch.offset(batch, a.grad_weights), sum);
   }
   if (a.grad_values.data) {
     with_rows(a.values.dtype, rows_aligned(a), [&](auto zero, auto aligned) {
       using T = decltype(zero);
-      const int64_t offset = a.grad_values.offset(clip_in_call, frame_in_axis, at[1], at[2]);
-      T* out = static_cast<T*>(a.grad_values.data) + offset;
+      T* out = static_cast<T*>(a.grad_values.data) + patch.offset(batch, a.grad_values);
       const int channels = static_cast<int>(a.channels);
       weigh_rows<T, decltype(aligned)::value, kPatchRows, kPatchColumns>(
           out, static_cast<const T*>(a.grad), term(lane_id()), count, 0, channels, term);

@@ -1,6 +1,6 @@
 // p[o, i] = softmax_{i in o}(w[i] / temperature), and the gradient of w from dots[o, i] = g[o] . h[i].
 
-#include "windows.cuh"  // defines: PooledWindow, PatchWindows, WindowSoftmax, slot_of
+#include "windows.cuh"  // defines: PooledWindow, LaunchedPatch, PatchWindows, WindowSoftmax, slot_of
 
 namespace ppllava::cuda {
 namespace {
@@ -59,22 +59,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     collect_scores(const __grid_constant__ PoolArgs a, const __grid_constant__ Batch batch, int64_t patches) {
   const int64_t item = int64_t{warp_item()} * kWarp + lane_id();
   if (item >= patches) return;
-  const int in_frame = static_cast<int>(a.height * a.width), width = static_cast<int>(a.width);
-  // Frames of the launch follow each other, clip after clip.
-  const int64_t frame = item / in_frame + (batch.ragged ? batch.clip[0].first_frame : 0);
-  const int in_clip = static_cast<int>(item % in_frame);
-  const int b = batch.ragged ? batch.find(&DeviceClip::first_frame, static_cast<int>(frame))
-                             : static_cast<int>(frame / batch.clip[0].frames);
-  const DeviceClip clip = batch.at(b);
-  const int t = static_cast<int>(frame - (batch.ragged ? clip.first_frame : int64_t{b} * clip.frames));
-  const PatchWindows windows(a, clip, t, in_clip / width, in_clip % width);
+  const LaunchedPatch patch(a, batch, item);
+  const PatchWindows windows(a, patch.clip, patch.at);
   float sum = 0;
   for (int k = 0; k < windows.windows.volume(); ++k) {
     int64_t window;
     sum += static_cast<const float*>(a.grad_scores)[windows.slot(k, window)];
   }
-  const int64_t offset = a.grad_weights.offset(batch.first + b, clip.first_frame + t, in_clip / width, in_clip % width);
-  store_scalar(a.grad_weights, offset, sum);
+  store_scalar(a.grad_weights, patch.offset(batch, a.grad_weights), sum);
 }
 
 }  // namespace

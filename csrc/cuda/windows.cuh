@@ -46,6 +46,29 @@ struct PooledWindow {
   }
 };
 
+// One patch of a launch, whose frames follow each other, clip after clip.
+struct LaunchedPatch {
+  int b;
+  DeviceClip clip;
+  int at[3];
+
+  __device__ LaunchedPatch(const PoolArgs& a, const Batch& batch, int64_t patch) {
+    const int in_frame = static_cast<int>(a.height * a.width), width = static_cast<int>(a.width);
+    const int64_t frame = patch / in_frame + (batch.ragged ? batch.clip[0].first_frame : 0);
+    const int inside = static_cast<int>(patch % in_frame);
+    b = batch.ragged ? batch.find(&DeviceClip::first_frame, static_cast<int>(frame))
+                     : static_cast<int>(frame / batch.clip[0].frames);
+    clip = batch.at(b);
+    at[0] = static_cast<int>(frame - (batch.ragged ? clip.first_frame : int64_t{b} * clip.frames));
+    at[1] = inside / width, at[2] = inside % width;
+  }
+
+  // Of its element in a tensor of the call.
+  __device__ int64_t offset(const Batch& batch, const Grid& grid) const {
+    return grid.offset(batch.first + b, clip.first_frame + at[0], at[1], at[2]);
+  }
+};
+
 // Scratch of the backward: of a window of the clip, the slot of its patch (t, h, w).
 inline __device__ int64_t slot_of(const PoolArgs& a, const DeviceClip& clip, int64_t window, int t, int h, int w) {
   return clip.first_slot + ((window * clip.span + t) * a.window.high + h) * a.window.wide + w;
@@ -59,8 +82,8 @@ struct PatchWindows {
   DeviceAxis axes[3];
   Box windows;
 
-  __device__ PatchWindows(const PoolArgs& args, const DeviceClip& where, int t, int h, int w)
-      : a(args), clip(where), at{t, h, w} {
+  __device__ PatchWindows(const PoolArgs& args, const DeviceClip& where, const int (&patch)[3])
+      : a(args), clip(where), at{patch[0], patch[1], patch[2]} {
     for (int n = 0; n < 3; ++n) {
       axes[n] = axis_of(a, clip, n);
       windows.begin[n] = axes[n].first(at[n]);
