@@ -6,6 +6,7 @@ from transformers.models.auto import modeling_auto
 from ppllava_kernels import __version__
 
 from .configuration_ppllava import PPLlavaConfig
+from .encoding import EncodedVideo, encode_video
 from .modeling_ppllava import (
     PPLlavaForConditionalGeneration,
     PPLlavaModel,
@@ -26,12 +27,14 @@ for _auto, _names in (
     _names["ppllava"] = PPLlavaForConditionalGeneration.__name__
 
 __all__ = [
+    "EncodedVideo",
     "PPLlavaConfig",
     "PPLlavaForConditionalGeneration",
     "PPLlavaModel",
     "PPLlavaProcessor",
     "PPLlavaVisualFeatures",
     "__version__",
+    "encode_video",
     "stretch_position_embedding",
     "stretch_text_model",
 ]

@@ -18,6 +18,7 @@ from transformers import TextStreamer
 
 from . import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
 from .console import Exit, Failure, is_memory, sentence
+from .pooling import BUDGETED
 from .preprocessing import open_image, read_image
 from .sampling import check_count
 
@@ -119,14 +120,12 @@ def plan(
     """
     lengths = [frames for group in groups for kind, frames in group if kind == "video"]
     if tokens is not None:
-        if config.pooling not in ("prompt_guided", "adaptive_mean"):
+        if config.pooling not in BUDGETED:
             raise Failure(
                 Exit.USAGE,
                 f"--tokens needs a model whose pooling has a budget, got {config.pooling!r}; use fewer --frames",
             )
-        config.pooling_output_size = processor.pooling_output_size = list(
-            config.visual_pooling.fit(tokens, max(lengths))
-        )
+        config.pooling_max_tokens = processor.pooling_max_tokens = tokens
     most = getattr(config.vision_config, "adapter_max_frames", None)
     images = max(sum(kind == "image" for kind, _ in group) for group in groups)
     if most is not None and max(lengths, default=0) > most:
@@ -251,7 +250,7 @@ def load_model(
     if preset is not None:
         chosen = dtype.torch or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         network, _ = presets.build(preset, dtype=chosen, device=device)
-        network.config.pooling_output_size = config.pooling_output_size
+        network.config.pooling_max_tokens = config.pooling_max_tokens
         return network
     with loading(model):
         return PPLlavaForConditionalGeneration.from_pretrained(

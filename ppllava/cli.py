@@ -51,7 +51,7 @@ def ask(
     fps: Annotated[float | None, Option(help="Frames a second of each video, instead of --frames.")] = None,
     tokens: Annotated[
         int | None,
-        Option(min=1, max=COUNT, help="At most so many visual tokens for each video; fitted to the longest one."),
+        Option(min=1, max=COUNT, help="At most so many visual tokens for each video."),
     ] = None,
     start: Annotated[float | None, Option(min=0, help="Second where videos start.")] = None,
     end: Annotated[float | None, Option(min=0, help="Second where videos end.")] = None,

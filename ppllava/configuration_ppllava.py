@@ -43,6 +43,8 @@ class PPLlavaConfig(PreTrainedConfig):
             kernel size. A clip shorter than the kernel is one window in time.
         pooling_output_size: a fixed number of tokens over (frames, rows, columns) for a clip of any length; when given,
             it replaces kernel and stride.
+        pooling_max_tokens: the most tokens of one video; longer clips get larger windows, shorter ones stay as they
+            are. None is no limit. For "prompt_guided" and "adaptive_mean".
         image_pooling_kernel_size, image_pooling_stride: the windows of images, one frame deep; None means those of
             videos without their frames.
         pooling_temperature: of the softmax inside each window. (`temperature` would become generate's.)
@@ -51,8 +53,8 @@ class PPLlavaConfig(PreTrainedConfig):
             LLaVA-NeXT; None or empty is one view for every image.
         image_token_index, video_token_index: ids of the placeholders `<image>` and `<video>`, aliases `image_token_id`
             and `video_token_id`.
-        vision_chunk: frames that go through the vision tower at once; None is all of them. Bounds the memory of its
-            activations, changes nothing else.
+        vision_chunk: frames that go through the vision tower at once, which bounds the memory of its activations; None
+            is as many as a device is fast with, on a CPU what stays in its caches.
 
     Raises:
         ValueError: for a combination that cannot work; the message says what to do.
@@ -104,6 +106,7 @@ class PPLlavaConfig(PreTrainedConfig):
     pooling_kernel_size: list[int] | tuple[int, ...] | int = (2, 3, 3)
     pooling_stride: list[int] | tuple[int, ...] | int | None = None
     pooling_output_size: list[int] | tuple[int, ...] | int | None = None
+    pooling_max_tokens: int | None = None
     image_pooling_kernel_size: list[int] | tuple[int, ...] | int | None = None
     image_pooling_stride: list[int] | tuple[int, ...] | int | None = None
     pooling_temperature: float | int = 0.01
@@ -194,7 +197,7 @@ class PPLlavaConfig(PreTrainedConfig):
         if self.valuew_plus and not self.siglip:
             raise ValueError("valuew_plus needs the pooling head of SigLIP, got a CLIP tower; leave it False")
         if self.vision_chunk is not None and self.vision_chunk < 1:
-            raise ValueError(f"vision_chunk must be at least 1 frame, got {self.vision_chunk}; None is all at once")
+            raise ValueError(f"vision_chunk must be at least 1 frame, got {self.vision_chunk}; None chooses")
         vocabulary = self.text_config.vocab_size
         for name in ("image_token_index", "video_token_index"):
             if not 0 <= getattr(self, name) < vocabulary:

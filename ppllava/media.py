@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .pooling import VisualPooling, Window
 
+AXES = {"pixel_values_videos": "3, S, S", "video_features": "H, W, V"}
+
 
 class Clip(NamedTuple):
     """Consecutive frames that share one softmax: a video, an image with its views, or a list of images.
@@ -33,25 +35,34 @@ class Clip(NamedTuple):
 
 
 def pack_videos(
-    pixel_values_videos: Tensor, video_frames: Tensor | None, pooling: VisualPooling
+    name: str, videos: Tensor, video_frames: Tensor | None, pooling: VisualPooling
 ) -> tuple[Tensor, list[Clip]]:
-    """(pixel_values [F, 3, S, S], clips) for packed frames as well as for [B, T, 3, S, S]."""
-    _check_floating("pixel_values_videos", pixel_values_videos)
-    shape = list(pixel_values_videos.shape)
+    """(all frames [F, ...], clips) for pixels or features, packed as [F, ...] as well as dense as [B, T, ...]."""
+    _check_floating(name, videos)
+    shape, one = list(videos.shape), AXES[name]
     if video_frames is None:
         if len(shape) != 5:
             raise ValueError(
-                f"pixel_values_videos must be [B, T, 3, S, S] where video_frames is None, got shape {shape}; "
-                "pass the number of frames of each video to pack videos as [F, 3, S, S]"
+                f"{name} must be [B, T, {one}] where video_frames is None, got shape {shape}; pass the number of "
+                f"frames of each video to pack videos as [F, {one}]"
             )
-        return pixel_values_videos.flatten(0, 1), [Clip(shape[1], pooling.video_window(shape[1]))] * shape[0]
+        return videos.flatten(0, 1), [Clip(shape[1], pooling.video_window(shape[1]))] * shape[0]
     frames = torch.as_tensor(video_frames).tolist()
     if len(shape) != 4 or sum(frames) != shape[0] or min(frames, default=0) < 1:
         raise ValueError(
-            f"pixel_values_videos must be [F, 3, S, S] with F = {sum(frames)}, the sum of video_frames, each at least "
-            f"1, got shape {shape} and video_frames {frames}; concatenate the frames of all videos"
+            f"{name} must be [F, {one}] with F = {sum(frames)}, the sum of video_frames, each at least 1, got shape "
+            f"{shape} and video_frames {frames}; concatenate the frames of all videos"
         )
-    return pixel_values_videos, [Clip(n, pooling.video_window(n)) for n in frames]
+    return videos, [Clip(n, pooling.video_window(n)) for n in frames]
+
+
+def check_features(video_features: Tensor, shape: tuple[int, ...]) -> None:
+    """A ValueError unless they can be of this vision tower."""
+    if tuple(video_features.shape[-3:]) != shape:
+        raise ValueError(
+            f"video_features must be [F, {', '.join(map(str, shape))}] of this model's vision tower, got shape "
+            f"{list(video_features.shape)}; encode the video with this model"
+        )
 
 
 def pack_images(
@@ -110,4 +121,4 @@ def _check_floating(name: str, pixels: Tensor) -> None:
         )
 
 
-__all__ = ["Clip", "pack_images", "pack_videos"]
+__all__ = ["Clip", "check_features", "pack_images", "pack_videos"]

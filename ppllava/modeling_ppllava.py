@@ -20,7 +20,7 @@ from .configuration_ppllava import PPLlavaConfig
 from .guide import PPLlavaGuide
 from .loading import StrictLoading
 from .projector import PPLlavaProjector
-from .visual_features import MODALITIES, PIXELS, PPLlavaVisualFeatures, VisualFeatures
+from .visual_features import MEDIA, MODALITIES, PPLlavaVisualFeatures, VisualFeatures, has_media
 
 RELATIVE = ("bloom", "mpt")  # without position_ids, since nothing depends on where a prompt starts
 
@@ -103,7 +103,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         for kind in MODALITIES:
             if kind in outputs:
                 merged = self._merge(kind, input_ids, inputs_embeds, merged, outputs[kind].pooler_output)
-                if media.get(PIXELS[kind]) is not None and input_ids is not None:
+                if has_media(media, [kind]) and input_ids is not None:
                     self.check_rows(kind, input_ids, outputs[kind].pooler_output)
             elif input_ids is not None and input_ids.shape[1] > 1:
                 self._check_no_placeholders(kind, input_ids, past_key_values)
@@ -127,6 +127,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        video_features: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The output of the language model without its head, its placeholders replaced by images and videos.
@@ -144,6 +145,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
             image_views=image_views,
             image_groups=image_groups,
             pixel_values_videos=pixel_values_videos,
+            video_features=video_features,
             video_frames=video_frames,
             guide_input_ids=guide_input_ids,
             guide_attention_mask=guide_attention_mask,
@@ -217,7 +219,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
             return
         if found := int((input_ids == getattr(self.config, f"{kind}_token_id")).sum()):
             raise ValueError(
-                f"input_ids holds {found} <{kind}> tokens, but no {kind} came with them; pass {PIXELS[kind]}"
+                f"input_ids holds {found} <{kind}> tokens, but no {kind} came with them; pass {MEDIA[kind][0]}"
             )
 
     def check_length(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
@@ -265,7 +267,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """As in transformers; images and videos are encoded before, in one pass of the vision tower."""
         names = ("mm_encoder_outputs", *inspect.signature(self.model.get_media_features).parameters)
-        if any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", *PIXELS.values())):
+        if kwargs.get("mm_encoder_outputs") is not None or has_media(kwargs):
             self._check_chunks(*args[1:2], **kwargs)
             if isinstance(kwargs.get("assistant_model"), PPLlavaPreTrainedModel):
                 raise ValueError(
@@ -311,6 +313,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        video_features: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given: the output of the language model.
@@ -318,7 +321,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int [N, S]; each image and video is as many `<image>` or `<video>` tokens as it has visual ones.
             pixel_values, image_sizes, image_views, image_groups: the images of all prompts in order;
-            pixel_values_videos, video_frames: and the videos;
+            pixel_values_videos or video_features, video_frames: and the videos;
             guide_input_ids, guide_attention_mask: and the questions, as in :meth:`PPLlavaModel.get_media_features`.
             attention_mask: int [N, S].
             labels: int [N, S], -100 where nothing is to be learned.
@@ -338,6 +341,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             image_views=image_views,
             image_groups=image_groups,
             pixel_values_videos=pixel_values_videos,
+            video_features=video_features,
             video_frames=video_frames,
             guide_input_ids=guide_input_ids,
             guide_attention_mask=guide_attention_mask,

@@ -14,7 +14,10 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from ppllava_kernels import pooled_size
 from ppllava_kernels.shapes import triple
 
+from .sampling import check_count
+
 POOLINGS = ("prompt_guided", "adaptive_mean", "temporal_mean", "none")
+BUDGETED = ("prompt_guided", "adaptive_mean")  # which can leave any number of tokens
 SIZES = (
     "pooling_kernel_size",
     "pooling_stride",
@@ -49,6 +52,7 @@ class VisualPooling:
     pooling_kernel_size: tuple[int, ...] = (2, 3, 3)
     pooling_stride: tuple[int, ...] | None = None
     pooling_output_size: tuple[int, ...] | None = None
+    pooling_max_tokens: int | None = None
     image_pooling_kernel_size: tuple[int, ...] | None = None
     image_pooling_stride: tuple[int, ...] | None = None
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
@@ -64,7 +68,7 @@ class VisualPooling:
     @classmethod
     def of(cls, owner: Any, grid: tuple[int, int], view_size: int) -> VisualPooling:
         """That of a configuration or a processor."""
-        names = ("pooling", *SIZES, "image_grid_pinpoints")
+        names = ("pooling", *SIZES, "pooling_max_tokens", "image_grid_pinpoints")
         return cls(grid, view_size, **{name: getattr(owner, name) for name in names})
 
     @property
@@ -72,7 +76,14 @@ class VisualPooling:
         return self.pooling == "prompt_guided"
 
     def video_window(self, frames: int) -> Window:
-        """The windows of a clip; one shorter than the kernel is one window over all of its frames."""
+        """The windows of a clip, larger ones where those would leave more than `pooling_max_tokens` tokens."""
+        window, most = self._unbounded_window(frames), self.pooling_max_tokens
+        if most is None or math.prod(self.pooled_size(frames, window)) <= most:
+            return window
+        return Window(output_size=self.fit(most, frames))
+
+    def _unbounded_window(self, frames: int) -> Window:
+        """One shorter than the kernel is one window over all of its frames."""
         if self.pooling == "none":
             return Window((1, 1, 1))
         if self.pooling == "temporal_mean":
@@ -135,9 +146,8 @@ class VisualPooling:
 
     def fit(self, tokens: int, frames: int) -> tuple[int, int, int]:
         """An output_size of at most `tokens` tokens for a clip of so many frames: first fewer steps in time, then in
-        space, and never more of either than the kernel would leave."""
-        window = Window(self.pooling_kernel_size, self.pooling_stride)
-        steps, height, width = self.pooled_size(max(frames, self.pooling_kernel_size[0]), window)
+        space, and never more of either than without a budget."""
+        steps, height, width = self.pooled_size(frames, self._unbounded_window(frames))
         if tokens < height * width:
             shrink = math.sqrt(tokens / (height * width))
             height = max(1, int(height * shrink))
@@ -155,8 +165,15 @@ class VisualPooling:
                 f"image_pooling_kernel_size must be one frame deep, got {list(self.image_pooling_kernel_size)}; "
                 "several would mix the images of a list"
             )
+        if self.pooling_max_tokens is not None:
+            if self.pooling not in BUDGETED:
+                raise ValueError(
+                    f"pooling_max_tokens needs one of the poolings {', '.join(BUDGETED)}, got {self.pooling!r}; leave "
+                    "it None, and sample fewer frames"
+                )
+            check_count("pooling_max_tokens", self.pooling_max_tokens)
         own = "pooling_kernel_size" if self.image_pooling_kernel_size is None else "image_pooling_kernel_size"
-        windows = {"pooling_kernel_size": self.video_window(2**31 - 1), own: self.image_window()}
+        windows = {"pooling_kernel_size": self._unbounded_window(2**31 - 1), own: self.image_window()}
         for name, window in windows.items():
             if window.kernel_size and any(k > n for k, n in zip(window.kernel_size[1:], self.grid)):
                 image = "" if window.output_size or name != own or self.pooling_output_size is None else " for images"
@@ -173,4 +190,4 @@ class VisualPooling:
                 )
 
 
-__all__ = ["POOLINGS", "SIZES", "VisualPooling", "Window"]
+__all__ = ["BUDGETED", "POOLINGS", "SIZES", "VisualPooling", "Window"]

@@ -40,7 +40,7 @@ def is_one(kind: str, medium: Any) -> bool:
         return hasattr(medium, "convert") or getattr(medium, "ndim", 0) == 3
     if isinstance(medium, (list, tuple)) and not hasattr(medium, "frames"):
         return len(medium) > 0 and (hasattr(medium[0], "convert") or getattr(medium[0], "ndim", 0) == 3)
-    return hasattr(medium, "frames") or getattr(medium, "ndim", 0) == 4
+    return hasattr(medium, "frames") or hasattr(medium, "features") or getattr(medium, "ndim", 0) == 4
 
 
 def read_frames(video: Any, num_frames: int | None, fps: float | None, default: int) -> Tensor:
@@ -103,8 +103,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise _unreadable(os.fspath(path), error) from None
 
 
-def to_pixels(frames: Tensor, edge: int, mean: Sequence[float], std: Sequence[float], resize_mode: str) -> Tensor:
-    """frames uint8 [T, 3, H, W] -> pixel values float32 [T, 3, edge, edge]; bicubic with antialiasing."""
+def resize(frames: Tensor, edge: int, resize_mode: str) -> Tensor:
+    """frames uint8 [T, 3, H, W] -> uint8 [T, 3, edge, edge]; bicubic with antialiasing."""
     height, width = frames.shape[2:]
     size = (edge, edge)
     if resize_mode == "crop":
@@ -113,10 +113,14 @@ def to_pixels(frames: Tensor, edge: int, mean: Sequence[float], std: Sequence[fl
     # uint8 in, uint8 out, as Pillow resizes: the same within two levels on natural frames, five times as fast.
     frames = torch.nn.functional.interpolate(frames, size=size, mode="bicubic", antialias=True)
     top, left = (size[0] - edge) // 2, (size[1] - edge) // 2
-    frames = frames[:, :, top : top + edge, left : left + edge]
-    center = 255 * torch.tensor(list(mean)).view(3, 1, 1)
-    scale = 255 * torch.tensor(list(std)).view(3, 1, 1)
-    return ((frames - center) / scale).contiguous()  # [T, 3, edge, edge]
+    return frames[:, :, top : top + edge, left : left + edge]
+
+
+def normalize(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """frames uint8 [T, 3, S, S] -> pixel values float32 [T, 3, S, S], on the device of the frames."""
+    center = 255 * torch.tensor(list(mean), device=frames.device).view(3, 1, 1)
+    scale = 255 * torch.tensor(list(std), device=frames.device).view(3, 1, 1)
+    return ((frames - center) / scale).contiguous()
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -173,8 +177,9 @@ __all__ = [
     "as_frames",
     "flatten",
     "is_one",
+    "normalize",
     "open_image",
     "read_frames",
     "read_image",
-    "to_pixels",
+    "resize",
 ]

@@ -196,7 +196,8 @@ def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: in
 
     Returns:
         vision_tower; projector with the guide, its text tower included; language_model, the prefill with the head at
-        the last position. Attention counts all pairs of positions; elementwise work and the pooling are left out.
+        the last position. Attention counts the pairs of positions that see each other: all in the towers, those up to
+        its own for a token of the language model. Elementwise work and the pooling are left out.
     """
     vision, guide, text = config.vision_config, config.guide_config, config.text_config
     grid, width = math.prod(config.patch_grid), vision.hidden_size
@@ -221,7 +222,7 @@ def flops(config: PPLlavaConfig, frames: int, text_tokens: int, guide_tokens: in
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     weights = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    layer = 2 * length * weights + 4 * length**2 * queries
+    layer = 2 * length * weights + 2 * length * (length + 1) * queries
     return {
         "vision_tower": embed + tower,
         "projector": linear_1 + linear_2 + project + question,

@@ -24,14 +24,16 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.processing_utils import TextKwargs
 
 from .configuration_ppllava import PPLlavaConfig
+from .encoding import EncodedVideo
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
     flatten,
     is_one,
+    normalize,
     read_frames,
     read_image,
-    to_pixels,
+    resize,
 )
 from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
@@ -46,8 +48,8 @@ class PPLlavaProcessor(ProcessorMixin):
         tokenizer: of the language model; knows `image_token` and `video_token` as one special token each.
         guide_tokenizer: of the guide's text tower; adds its own special tokens.
         image_size, patch_size: of the vision tower.
-        pooling, pooling_kernel_size, pooling_stride, pooling_output_size, image_pooling_kernel_size,
-            image_pooling_stride, image_grid_pinpoints: as in :class:`PPLlavaConfig`.
+        pooling, pooling_kernel_size, pooling_stride, pooling_output_size, pooling_max_tokens,
+            image_pooling_kernel_size, image_pooling_stride, image_grid_pinpoints: as in :class:`PPLlavaConfig`.
         resize_mode: "squash" makes every frame a square, as the original does; "crop" resizes the shorter edge and
             crops the center. Bicubic. The views of an image are resized and padded, as in LLaVA-NeXT.
         image_mean, image_std: of RGB in 0 ... 1, by default CLIP's.
@@ -70,6 +72,7 @@ class PPLlavaProcessor(ProcessorMixin):
         pooling_kernel_size: Sequence[int] = (2, 3, 3),
         pooling_stride: Sequence[int] | None = None,
         pooling_output_size: Sequence[int] | None = None,
+        pooling_max_tokens: int | None = None,
         image_pooling_kernel_size: Sequence[int] | None = None,
         image_pooling_stride: Sequence[int] | None = None,
         image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
@@ -93,7 +96,7 @@ class PPLlavaProcessor(ProcessorMixin):
         self.image_size, self.patch_size, self.resize_mode = image_size, patch_size, resize_mode
         self.pooling = pooling
         self.pooling_kernel_size, self.pooling_stride = pooling_kernel_size, pooling_stride
-        self.pooling_output_size = pooling_output_size
+        self.pooling_output_size, self.pooling_max_tokens = pooling_output_size, pooling_max_tokens
         self.image_pooling_kernel_size, self.image_pooling_stride = image_pooling_kernel_size, image_pooling_stride
         self.image_grid_pinpoints = [list(pinpoint) for pinpoint in image_grid_pinpoints or ()]
         self.image_mean, self.image_std = list(image_mean), list(image_std)
@@ -128,8 +131,9 @@ class PPLlavaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         images = ["pixel_values", "image_sizes", "image_views", "image_groups"]
+        videos = ["pixel_values_videos", "video_frames"]
         guide = ["guide_input_ids", "guide_attention_mask"]
-        return [*self.tokenizer.model_input_names, *images, "pixel_values_videos", "video_frames", *guide]
+        return [*self.tokenizer.model_input_names, *images, *videos, *guide, "video_features"]
 
     @property
     def visual_pooling(self) -> VisualPooling:
@@ -161,8 +165,8 @@ class PPLlavaProcessor(ProcessorMixin):
                 [3, H, W] as numpy or torch. The only image of a prompt is cut into high-resolution views; several are
                 an image list: one view each, compressed together.
             videos: B videos, flat or nested by prompt. One video is a path, a :class:`ppllava.video.VideoClip`, uint8
-                frames [T, H, W, 3] or [T, 3, H, W] as numpy or torch (where both fit, the channels are last), or a list
-                of PIL images or [H, W, 3] arrays.
+                frames [T, H, W, 3] or [T, 3, H, W] as numpy or torch (where both fit, the channels are last), a list of
+                PIL images or [H, W, 3] arrays, or a :class:`ppllava.EncodedVideo`, which the tower has seen already.
             guide_text: the question that guides the pooling, one for all prompts or one each. Default: the last turn of
                 the user in `text`.
             num_frames: sample so many frames uniformly, from files and from decoded frames. Default: `self.num_frames`
@@ -174,8 +178,9 @@ class PPLlavaProcessor(ProcessorMixin):
         Returns:
             input_ids, attention_mask int64 [N, S]; with images pixel_values float32 [V, 3, S, S], the views of all
             images packed, image_sizes int64 [I, 2], image_views int64 [I], image_groups int64 [G]; with videos
-            pixel_values_videos float32 [F, 3, S, S], the frames of all videos packed, video_frames int64 [B]; with
-            either guide_input_ids and, for CLIP, guide_attention_mask int64 [G + B, L], where the pooling is guided.
+            pixel_values_videos float32 [F, 3, S, S], the frames of all videos packed, or of encoded ones video_features
+            [F, H, W, V], and video_frames int64 [B]; with either guide_input_ids and, for CLIP, guide_attention_mask
+            int64 [G + B, L], where the pooling is guided.
 
         Raises:
             ValueError: for input outside of the above; the message says what to do.
@@ -197,10 +202,8 @@ class PPLlavaProcessor(ProcessorMixin):
             data.update(inputs)
         if clips:
             options = {"num_frames": num_frames, "fps": fps, **(videos_kwargs or {})}
-            pixels = [self.preprocess_video(clip, options.get("num_frames"), options.get("fps")) for clip in clips]
-            data["pixel_values_videos"] = torch.cat(pixels)  # [F, 3, S, S]
-            data["video_frames"] = torch.tensor([len(clip) for clip in pixels])  # [B]
-            video_runs = [self.video_token * self.num_video_tokens(len(clip)) for clip in pixels]
+            inputs, video_runs = self._videos(clips, options.get("num_frames"), options.get("fps"))
+            data.update(inputs)
         if data and self.visual_pooling.guided:
             guides = self._guides(prompts, guide_text, [a + b for a, b in zip(image_counts, video_counts)])
             rows = [guide for guide, n in zip(guides, image_counts) if n]  # one for each group
@@ -303,8 +306,39 @@ class PPLlavaProcessor(ProcessorMixin):
         }
         return inputs, [self.image_token * n for n in tokens]
 
+    def resize(self, frames: Tensor) -> Tensor:
+        """frames uint8 [T, 3, H, W] as the vision tower sees them, uint8 [T, 3, S, S]."""
+        return resize(frames, self.image_size, self.resize_mode)
+
+    def normalize(self, frames: Tensor) -> Tensor:
+        """:meth:`resize` d frames uint8 [T, 3, S, S] -> pixel values float32 [T, 3, S, S], on the same device."""
+        return normalize(frames, self.image_mean, self.image_std)
+
+    def _videos(self, clips: list, num_frames: int | None, fps: float | None) -> tuple[dict[str, Tensor], list[str]]:
+        """(the model's inputs, the placeholders of each video)."""
+        encoded = [isinstance(clip, EncodedVideo) for clip in clips]
+        if not any(encoded):
+            parts = [self.preprocess_video(clip, num_frames, fps) for clip in clips]  # of each [T, 3, S, S]
+        elif not all(encoded):
+            raise ValueError(
+                f"videos must all be an EncodedVideo or none, got {sum(encoded)} of {len(clips)}; encode all of them "
+                "with ppllava.encode_video"
+            )
+        elif num_frames is not None or fps is not None:
+            raise ValueError(
+                f"num_frames={num_frames} and fps={fps} choose frames before they are encoded, got an EncodedVideo; "
+                "pass them to ppllava.encode_video"
+            )
+        else:
+            parts = [clip.features for clip in clips]  # of each [T, H, W, V]
+        inputs = {
+            "video_features" if all(encoded) else "pixel_values_videos": _packed(parts),
+            "video_frames": torch.tensor([len(part) for part in parts]),  # [B]
+        }
+        return inputs, [self.video_token * self.num_video_tokens(len(part)) for part in parts]
+
     def _pixels(self, frames: Tensor) -> Tensor:
-        return to_pixels(frames, self.image_size, self.image_mean, self.image_std, self.resize_mode)
+        return self.normalize(self.resize(frames))
 
     def _token_id(self, tokenizer: Any, name: str) -> int:
         token = getattr(self, name)
@@ -408,6 +442,10 @@ class PPLlavaProcessor(ProcessorMixin):
         if self.guide_padding == "longest":
             inputs["guide_attention_mask"] = padded["attention_mask"]
         return inputs
+
+
+def _packed(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # an hour of features is not copied
 
 
 def _question(messages: Any) -> str:

@@ -69,6 +69,32 @@ def sample_fps(
     return _on_screen(timestamps, begin + steps / fps)
 
 
+def sample_frames(
+    timestamps: np.ndarray,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> np.ndarray:
+    """int64 [T]: `sample_uniform` of the frames in `sample_range`, or `sample_fps`."""
+    check_rate(num_frames, fps)
+    if fps is not None:
+        return sample_fps(fps, timestamps, max_frames, start, end)
+    first, last = sample_range(timestamps, start, end)
+    return first + sample_uniform(num_frames, last - first + 1)
+
+
+def check_rate(num_frames: int | None, fps: float | None) -> None:
+    """ValueError or TypeError unless exactly one of both is given, and valid."""
+    if (num_frames is None) == (fps is None):
+        raise ValueError(f"pass exactly one of num_frames and fps, got num_frames={num_frames} and fps={fps}")
+    if fps is None:
+        check_count("num_frames", num_frames)
+    else:
+        check_fps(fps)
+
+
 def check_count(name: str, value: int) -> None:
     """TypeError unless `value` is an integer, Python's or NumPy's; ValueError below 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):

@@ -20,7 +20,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from .sampling import check_count, check_fps, sample_fps, sample_range, sample_uniform
+from .sampling import check_rate, sample_frames
 from .video_index import number_by_decoding, read_index
 
 MAX_BYTES = 8 << 30  # default limit on the RGB output of one call
@@ -79,6 +79,9 @@ class VideoReader(Protocol):
 
     def get_frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """RGB uint8 [len(indices), height, width, 3] in the order asked; any order, duplicates allowed."""
+
+    def stream_frames(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(its places in `indices`, RGB uint8 [height, width, 3]) of each distinct frame, one in memory at a time."""
 
     def close(self) -> None:
         """Free what the backend keeps between calls; leaving a `with` block does the same."""
@@ -164,37 +167,51 @@ class PyAVReader:
         Memory: the result, one RGB frame and the decoder's buffers. ValueError for an index outside 0 .. N - 1;
         VideoError where a frame cannot be decoded or the result would pass `max_bytes`.
         """
+        slots = self._slots(indices)
+        self._check_budget(len(indices))
+        out = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)  # [T, H, W, 3]
+        for index, image in self._each(list(slots)):
+            out[slots[index]] = image
+        return out
+
+    def stream_frames(self, indices: Sequence[int] | np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(its places in `indices`, RGB uint8 [height, width, 3]) of each distinct frame: ascending, but for those of a
+        damaged file that need a second pass. Errors as :meth:`get_frames`, whatever the number of frames."""
+        slots = self._slots(indices)
+        for index, image in self._each(list(slots)):
+            yield slots[index], image
+
+    def _slots(self, indices: Sequence[int] | np.ndarray) -> dict[int, list[int]]:
+        """frame -> its places in `indices`, ascending."""
         indices = np.asarray(indices)  # [T]
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise ValueError(f"indices must be a list of integers, got {indices.dtype} of shape {list(indices.shape)}")
         for index in indices[(indices < 0) | (indices >= len(self))][:1]:
             raise ValueError(f"{self.path}: frame {index} does not exist; it has {len(self)}, 0 to {len(self) - 1}")
-        self._check_budget(len(indices))
-        out = np.empty((len(indices), self.height, self.width, 3), dtype=np.uint8)  # [T, H, W, 3]
-        slots: dict[int, list[int]] = {}  # frame -> its places in out
+        slots: dict[int, list[int]] = {}
         for slot in np.argsort(indices, kind="stable").tolist():
             slots.setdefault(int(indices[slot]), []).append(slot)
-        self._fill(out, slots)
-        return out
+        return slots
 
-    def _fill(self, out: np.ndarray, slots: dict[int, list[int]]) -> None:
-        """Decode the frames of `slots` (ascending) into their places in out, [T, H, W, 3]."""
-        missing, damaged = list(slots), []
+    def _each(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, RGB [H, W, 3]) of the frames `wanted`, ascending."""
+        missing, damaged = set(wanted), []
         for from_start in (False, True):  # a second pass only for containers that seek badly and for damaged files
             if not missing:
                 break
             one_pass = from_start or self._index.pts is None
-            runs = [(0, list(missing))] if one_pass else plan_decoding(missing, self._index.keyframes)
+            left = sorted(missing)
+            runs = [(0, left)] if one_pass else plan_decoding(left, self._index.keyframes)
             with self._open() as (container, stream):
-                for keyframe, wanted in runs:
-                    for index, frame, is_damaged in self._decode(container, stream, keyframe, wanted, from_start):
+                for keyframe, run in runs:
+                    for index, frame, is_damaged in self._decode(container, stream, keyframe, run, from_start):
                         if from_start or not is_damaged:
-                            out[slots[index]] = self._to_rgb(frame)
                             missing.remove(index)
                             damaged += [index] if is_damaged else []
+                            yield index, self._to_rgb(frame)
         if missing:
             raise VideoError(
-                f"{self.path}: {len(missing)} of the frames asked for cannot be decoded, the first is {missing[0]}; "
+                f"{self.path}: {len(missing)} of the frames asked for cannot be decoded, the first is {min(missing)}; "
                 "the file is damaged there, leave them out or re-encode it"
             )
         if damaged:
@@ -302,17 +319,17 @@ class DecordReader(PyAVReader):
                 raise self._failure(error) from error
         return self._decord
 
-    def _fill(self, out: np.ndarray, slots: dict[int, list[int]]) -> None:
-        decoder = self._decoder()
-        try:
-            for index, places in slots.items():
+    def _each(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        decoder, shape = self._decoder(), (self.height, self.width, 3)
+        for index in wanted:
+            try:
                 frame = decoder[index]  # [H, W, 3], a torch tensor where the caller set that bridge
                 image = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
-                if image.shape != out.shape[1:]:
-                    raise RuntimeError(f"it returned {list(image.shape)} for {list(out.shape[1:])}")
-                out[places] = image
-        except self._errors as error:
-            raise self._failure(error) from error
+                if image.shape != shape:
+                    raise RuntimeError(f"it returned {list(image.shape)} for {list(shape)}")
+            except self._errors as error:
+                raise self._failure(error) from error
+            yield index, image
         with suppress(*self._errors):
             decoder.seek(0)  # or its thread decodes ahead and memory grows, dmlc/decord#208
 
@@ -352,20 +369,12 @@ def read_video(
     start, end  seconds; the frames on screen at both are included (`sample_range`). Errors are those of `open_video`,
     `get_frames` and the sampling rule.
     """
-    if (num_frames is None) == (fps is None):
-        raise ValueError(f"pass exactly one of num_frames and fps, got num_frames={num_frames} and fps={fps}")
-    if fps is None:
-        check_count("num_frames", num_frames)
-    else:
-        check_fps(fps)
+    check_rate(num_frames, fps)
     reader = open_video(path, backend, num_threads, max_bytes)
     try:
         if fps is None:
             reader._check_budget(num_frames)  # before the indices, which may be a billion
-            first, last = sample_range(reader.timestamps, start, end)
-            indices = first + sample_uniform(num_frames, last - first + 1)  # [T]
-        else:
-            indices = sample_fps(fps, reader.timestamps, max_frames, start, end)  # [T]
+        indices = sample_frames(reader.timestamps, num_frames, fps, max_frames, start, end)  # [T]
         return VideoClip(reader.get_frames(indices), reader.timestamps[indices], indices, reader.fps)
     finally:
         reader.close()

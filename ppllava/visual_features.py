@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .btadapter import BTAdapterVisionModel
-from .media import Clip, pack_images, pack_videos
+from .media import Clip, check_features, pack_images, pack_videos
 
 MODALITIES = ("image", "video")
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+MEDIA = {"image": ("pixel_values",), "video": ("pixel_values_videos", "video_features")}
+# Positions that go through the vision tower at once by default: on a CPU their activations stay in its caches, a GPU is
+# busy with as many.
+POSITIONS = {"cpu": 1_152}
+POSITIONS_OF_GPU = 36_864
 
 
 @dataclass
@@ -38,12 +43,42 @@ class VisualFeatures:
 
         frames are those of each clip, which a BT-Adapter mixes and the other towers do not.
         """
-        chunk = self.config.vision_chunk
+        chunk = self.vision_chunk_frames(pixel_values.device)
         if isinstance(self.vision_tower, BTAdapterVisionModel):
-            hidden = self.vision_tower(pixel_values, frames=frames, chunk=chunk).last_hidden_state
-        else:
-            chunks = pixel_values.split(chunk or len(pixel_values))
-            hidden = torch.cat([self.vision_tower(part).last_hidden_state for part in chunks])  # [F, 1 + H * W, V]
+            return self._patches(self.vision_tower(pixel_values, frames=frames, chunk=chunk))
+        chunks = pixel_values.split(chunk)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(chunks) == 1:
+            return torch.cat([self._patches(self.vision_tower(part)) for part in chunks])
+        places = torch.arange(len(pixel_values)).split(chunk)
+        return self.encode_chunks(((where[:, None].tolist(), part) for where, part in zip(places, chunks)), sum(frames))
+
+    def encode_chunks(self, chunks: Iterable[tuple[list[list[int]], Tensor]], frames: int) -> Tensor:
+        """The features [T, H, W, V] of one video of T = frames; each of the chunks is (the places among them that each
+        of n frames has, pixel_values [n, 3, S, S]). Of all pixels one chunk is in memory at a time."""
+        if isinstance(self.vision_tower, BTAdapterVisionModel):  # which mixes them; `adapter_max_frames` bounds them
+            pixels = [part[n] for part, n in _by_place(chunks, frames)]  # T of [3, S, S]
+            return self.encode_frames(torch.stack(pixels), [frames])
+        features = None
+        for places, part in chunks:
+            patches = self._patches(self.vision_tower(part))  # [n, H, W, V]
+            if features is None:
+                features = patches.new_empty(frames, *patches.shape[1:])
+            wanted = [place for where in places for place in where]
+            if wanted == [*range(wanted[0], wanted[0] + len(patches))]:
+                features[wanted[0] : wanted[0] + len(patches)] = patches
+            else:
+                features[wanted] = patches[[n for n, where in enumerate(places) for _ in where]]
+        return features
+
+    def vision_chunk_frames(self, device: torch.device) -> int:
+        """Frames that go through the vision tower at once."""
+        if self.config.vision_chunk is not None:
+            return self.config.vision_chunk
+        height, width = self.config.patch_grid
+        return max(1, round(POSITIONS.get(device.type, POSITIONS_OF_GPU) / (height * width + 1)))
+
+    def _patches(self, output: BaseModelOutputWithPooling) -> Tensor:
+        hidden = output.last_hidden_state  # [F, 1 + H * W, V]; SigLIP has no class token
         return (hidden if self.config.siglip else hidden[:, 1:]).unflatten(1, self.config.patch_grid)
 
     def get_media_features(
@@ -56,6 +91,7 @@ class VisualFeatures:
         video_frames: Tensor | None = None,
         guide_input_ids: Tensor | None = None,
         guide_attention_mask: Tensor | None = None,
+        video_features: Tensor | None = None,
     ) -> dict[str, PPLlavaVisualFeatures]:
         """Encode images and videos and compress each under the guidance of its question: one pass of the vision tower,
         one of the guide, and one ragged op call for each window size.
@@ -72,6 +108,8 @@ class VisualFeatures:
             video_frames: int [B], the frames of each packed video.
             guide_input_ids: int [G + B, L], the question about each group of images, then those about each video.
             guide_attention_mask: int [G + B, L].
+            video_features: [F, H, W, V], what the vision tower made of the frames of all videos, packed, with
+                `video_frames`; takes the place of `pixel_values_videos` (`ppllava.encode_video`).
 
         Returns:
             {"image": ..., "video": ...}, each a :class:`PPLlavaVisualFeatures`; only what there are pixels of.
@@ -86,13 +124,23 @@ class VisualFeatures:
             pixels.append(packed)
             clips += images
         groups = len(clips)
+        if pixel_values_videos is not None and video_features is not None:
+            raise ValueError("pixel_values_videos and video_features are the same videos twice; pass one of them")
         if pixel_values_videos is not None:
-            packed, videos = pack_videos(pixel_values_videos, video_frames, pooling)
+            packed, videos = pack_videos("pixel_values_videos", pixel_values_videos, video_frames, pooling)
             pixels.append(packed)
             clips += videos
+        seen = len(clips)
+        if video_features is not None:
+            check_features(video_features, (*self.config.patch_grid, self.config.vision_config.hidden_size))
+            video_features, videos = pack_videos("video_features", video_features, video_frames, pooling)
+            clips += videos
         text_embeds = self._embed_guides(clips, groups, guide_input_ids, guide_attention_mask)
-        frames = torch.cat(pixels) if len(pixels) > 1 else pixels[0]  # [F, 3, S, S]
-        features = self.encode_frames(frames, [n for clip in clips for n in clip.tower_frames])  # [F, H, W, V]
+        parts = [] if video_features is None else [video_features]
+        if pixels:
+            frames = torch.cat(pixels) if len(pixels) > 1 else pixels[0]  # [F, 3, S, S]
+            parts.insert(0, self.encode_frames(frames, [n for clip in clips[:seen] for n in clip.tower_frames]))
+        features = torch.cat(parts) if len(parts) > 1 else parts[0]  # [F, H, W, V]
         tokens, relevance = self.multi_modal_projector(features, clips, self.guide, text_embeds)
         outputs = {}
         if groups:
@@ -125,15 +173,17 @@ class VisualFeatures:
     @can_return_tuple
     def get_video_features(
         self,
-        pixel_values_videos: Tensor,
+        pixel_values_videos: Tensor | None = None,
         video_frames: Tensor | None = None,
         guide_input_ids: Tensor | None = None,
         guide_attention_mask: Tensor | None = None,
+        video_features: Tensor | None = None,
         **kwargs,
     ) -> PPLlavaVisualFeatures:
         """The videos of :meth:`get_media_features`."""
         return self.get_media_features(
             pixel_values_videos=pixel_values_videos,
+            video_features=video_features,
             video_frames=video_frames,
             guide_input_ids=guide_input_ids,
             guide_attention_mask=guide_attention_mask,
@@ -144,8 +194,9 @@ class VisualFeatures:
         if self.config.pooling != "prompt_guided":
             return None
         if ids is None:
+            names = [MEDIA[kind][0] for kind, n in zip(MODALITIES, (groups, len(clips) - groups)) if n]
             raise ValueError(
-                f"guide_input_ids must be given with {' and '.join(self._pixel_names(clips, groups))}, got None; "
+                f"guide_input_ids must be given with {' and '.join(names)}, got None; "
                 "PPLlavaProcessor makes them from the user's question"
             )
         if len(ids) != len(clips):
@@ -158,10 +209,6 @@ class VisualFeatures:
             )
         return self.guide.embed_text(ids, mask)
 
-    @staticmethod
-    def _pixel_names(clips: list[Clip], groups: int) -> list[str]:
-        return [PIXELS[kind] for kind, n in zip(MODALITIES, (groups, len(clips) - groups)) if n]
-
     def _arrange(self, clip: Clip, tokens: Tensor) -> list[Tensor]:
         """One [tokens, D] for each image of a clip from its tokens [views, h, w, D]."""
         pooling = self.config.visual_pooling
@@ -173,12 +220,12 @@ class VisualFeatures:
         """`mm_encoder_outputs` and :meth:`get_media_features` of the arguments `media` in one."""
         outputs = {kind: x for kind, x in (mm_encoder_outputs or {}).items() if x is not None}
         given = {name: value for name, value in media.items() if value is not None}
-        for kind in MODALITIES:
-            if PIXELS[kind] in given and kind in outputs:
+        for kind, names in MEDIA.items():
+            for name in given.keys() & names if kind in outputs else ():
                 raise ValueError(
-                    f"{PIXELS[kind]} and mm_encoder_outputs[{kind!r}] are the same {kind}s twice; pass one of them"
+                    f"{name} and mm_encoder_outputs[{kind!r}] are the same {kind}s twice; pass one of them"
                 )
-        if any(PIXELS[kind] in given for kind in MODALITIES):
+        if has_media(given):
             return {**outputs, **self.get_media_features(**given)}
         if not outputs and "guide_input_ids" in given:
             raise ValueError(
@@ -188,4 +235,14 @@ class VisualFeatures:
         return outputs
 
 
-__all__ = ["MODALITIES", "PIXELS", "PPLlavaVisualFeatures", "VisualFeatures"]
+def has_media(given: dict, kinds: Iterable[str] = MODALITIES) -> bool:
+    """Whether these arguments of :meth:`VisualFeatures.get_media_features` hold images or videos."""
+    return any(given.get(name) is not None for kind in kinds for name in MEDIA[kind])
+
+
+def _by_place(chunks: Iterable[tuple[list[list[int]], Tensor]], frames: int) -> list[tuple[Tensor, int]]:
+    found = {place: (part, n) for places, part in chunks for n, where in enumerate(places) for place in where}
+    return [found[place] for place in range(frames)]
+
+
+__all__ = ["MEDIA", "MODALITIES", "PPLlavaVisualFeatures", "VisualFeatures", "has_media"]

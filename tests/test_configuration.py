@@ -164,7 +164,7 @@ CONFIG_ERRORS = [
         "pooling_output_size must be three positive ints for (T, H, W), got [0, 3, 3]; pass for example (2, 3, 3)",
     ),
     ({"pooling_temperature": 0}, "pooling_temperature must be positive, got 0; the original model uses 0.01"),
-    ({"vision_chunk": 0}, "vision_chunk must be at least 1 frame, got 0; None is all at once"),
+    ({"vision_chunk": 0}, "vision_chunk must be at least 1 frame, got 0; None chooses"),
     (
         {"video_token_index": 32064},
         "video_token_index must be an id of text_config, 0 ... 32063, got 32064; use the "

@@ -166,7 +166,7 @@ def test_siglip_compiles_in_training():
     question = torch.tensor([[256, 5, 6, 257]])
     features = model.encode_frames(pixels[0], [20]).detach()
     text = model.guide.embed_text(question).detach()
-    _, clips = pack_videos(pixels, None, model.config.visual_pooling)
+    _, clips = pack_videos("pixel_values_videos", pixels, None, model.config.visual_pooling)
 
     def run(features, text):
         return model.multi_modal_projector(features, clips, model.guide, text)[0][0]

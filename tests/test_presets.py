@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from tiny import masked_flops
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppllava import presets
@@ -51,7 +52,8 @@ def test_flops_are_what_torch_counts(name, frames):
     visual = processor.num_video_tokens(frames)
     text, guide = inputs["input_ids"].shape[1] - visual, inputs["guide_input_ids"].shape[1]
     expected = presets.flops(model.config, frames, text, guide)
-    assert counter.get_total_flops() == sum(expected.values())
+    masked = masked_flops(model.config.text_config, visual + text)
+    assert counter.get_total_flops() == sum(expected.values()) + masked
     tower = counter.get_flop_counts()["PPLlavaForConditionalGeneration.model.vision_tower"]
     assert sum(tower.values()) == expected["vision_tower"]
 

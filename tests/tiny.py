@@ -26,6 +26,11 @@ def fresh(**changes):
     ).eval()
 
 
+def masked_flops(text_config, length):
+    """Of eager attention to later positions, which its mask then hides."""
+    return text_config.num_hidden_layers * 2 * length * (length - 1) * text_config.hidden_size
+
+
 def clip(frames, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (frames, 30, 40, 3), dtype=np.uint8)  # [T, H, W, 3]
 

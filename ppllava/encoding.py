@@ -1,0 +1,163 @@
+"""Videos of any length through the vision tower: decoded in one thread while the tower runs on what came before."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .preprocessing import read_frames
+from .sampling import check_rate, sample_frames
+
+if TYPE_CHECKING:
+    from .modeling_ppllava import PPLlavaForConditionalGeneration
+    from .processing_ppllava import PPLlavaProcessor
+    from .video import VideoReader
+
+Item = TypeVar("Item")
+AHEAD_BYTES = 256 << 20  # of resized frames that wait for the tower
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """What the vision tower made of a video: any number of questions about it need no more of the file.
+
+    features    [T, H, W, V], in the dtype and on the device of the model
+    timestamps  float64 [T], seconds from the first frame of the file; None for frames that came without a file
+    """
+
+    features: Tensor
+    timestamps: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A video on its way into the tower.
+
+    chunks      (the places among the T frames that each of n has, uint8 [n, 3, S, S], resized)
+    count       T
+    timestamps  float64 [T] or None
+    """
+
+    chunks: Iterable[tuple[list[list[int]], Tensor]]
+    count: int
+    timestamps: np.ndarray | None = None
+
+
+@torch.no_grad()
+def encode_video(
+    model: PPLlavaForConditionalGeneration,
+    processor: PPLlavaProcessor,
+    video: Any,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str | None = None,
+) -> EncodedVideo:
+    """Run the vision tower over a video of any length, once for all questions about it.
+
+        video = ppllava.encode_video(model, processor, "lecture.mp4", fps=1)
+
+    A thread decodes and resizes the next frames while the tower runs on the last ones. Memory: the features, and of
+    frames what fits into 256 MiB and one chunk of the tower, however long the video is.
+
+    Args:
+        video: the path of a file, or decoded frames in any form that :class:`PPLlavaProcessor` takes.
+        num_frames, fps: frames in all, or a second, of a file; default: `processor.num_frames`. Of decoded frames all
+            are taken.
+        start, end: seconds of a file, as in :func:`ppllava.video.read_video`.
+        backend: that decodes a file.
+
+    Returns:
+        What `processor` takes in place of a video. Features are as `get_media_features` computes them from pixels.
+
+    Raises:
+        ValueError, OSError: for files that cannot be read and frames that do not exist, as `read_video`.
+    """
+    sampling = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
+    if not isinstance(video, (str, os.PathLike)):
+        if given := [name for name, value in sampling.items() if value is not None]:
+            raise ValueError(f"{given[0]} chooses frames of a file, got decoded frames; pass a path, or leave it out")
+        frames = read_frames(video, None, None, 1)  # [T, 3, H, W]
+        return encode_frames(model, processor, decoded_frames(model, processor, frames))
+    from .video import open_video
+
+    if num_frames is None and fps is None:
+        sampling["num_frames"] = processor.num_frames
+    check_rate(sampling["num_frames"], fps)
+    with open_video(video, backend) as reader:
+        indices = sample_frames(reader.timestamps, **sampling)  # [T]
+        return encode_frames(model, processor, file_frames(model, processor, reader, indices))
+
+
+def file_frames(
+    model: PPLlavaForConditionalGeneration, processor: PPLlavaProcessor, reader: VideoReader, indices: np.ndarray
+) -> Frames:
+    """The frames `indices` [T] of a file, decoded when they are asked for."""
+    size = model.model.vision_chunk_frames(model.device)
+
+    def chunks() -> Iterator[tuple[list[list[int]], Tensor]]:
+        places, images = [], []
+        for where, image in reader.stream_frames(indices):
+            places.append(where)
+            frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # [1, 3, H, W]
+            images.append(processor.resize(frame))
+            if len(images) == size:
+                yield places, torch.cat(images)
+                places, images = [], []
+        if images:
+            yield places, torch.cat(images)
+
+    return Frames(chunks(), len(indices), reader.timestamps[indices])
+
+
+def decoded_frames(model: PPLlavaForConditionalGeneration, processor: PPLlavaProcessor, frames: Tensor) -> Frames:
+    """frames uint8 [T, 3, H, W]."""
+    size = model.model.vision_chunk_frames(model.device)
+    starts = range(0, len(frames), size)
+    parts = ((i, frames[i : i + size]) for i in starts)
+    return Frames((([[i + n] for n in range(len(part))], processor.resize(part)) for i, part in parts), len(frames))
+
+
+@torch.no_grad()
+def encode_frames(model: PPLlavaForConditionalGeneration, processor: PPLlavaProcessor, frames: Frames) -> EncodedVideo:
+    """:func:`encode_video` of frames on their way."""
+    device, dtype, gpu = model.device, model.dtype, model.device.type == "cuda"
+    size = 3 * processor.image_size**2 * model.model.vision_chunk_frames(device)
+
+    def pixels() -> Iterator[tuple[list[list[int]], Tensor]]:
+        pinned = ((places, part.pin_memory() if gpu else part) for places, part in frames.chunks)
+        for places, part in prefetch(pinned, max(1, AHEAD_BYTES // size)):
+            yield places, processor.normalize(part.to(device, non_blocking=True)).to(dtype)  # [n, 3, S, S]
+
+    return EncodedVideo(model.model.encode_chunks(pixels(), frames.count), frames.timestamps)
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The items, up to `depth` of them made ahead in a thread."""
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "ppllava-frames")
+    try:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+__all__ = ["EncodedVideo", "Frames", "decoded_frames", "encode_frames", "encode_video", "file_frames", "prefetch"]
