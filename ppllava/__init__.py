@@ -5,6 +5,7 @@ from transformers.models.auto import modeling_auto
 
 from ppllava_kernels import __version__
 
+from .batching import BatchWarning, batch
 from .configuration_ppllava import PPLlavaConfig
 from .encoding import EncodedVideo, encode_video
 from .modeling_ppllava import (
@@ -27,6 +28,7 @@ for _auto, _names in (
     _names["ppllava"] = PPLlavaForConditionalGeneration.__name__
 
 __all__ = [
+    "BatchWarning",
     "EncodedVideo",
     "PPLlavaConfig",
     "PPLlavaForConditionalGeneration",
@@ -34,6 +36,7 @@ __all__ = [
     "PPLlavaProcessor",
     "PPLlavaVisualFeatures",
     "__version__",
+    "batch",
     "encode_video",
     "stretch_position_embedding",
     "stretch_text_model",

@@ -17,12 +17,12 @@ import torch
 from transformers import TextStreamer
 
 from . import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
+from .batching import MAX_NEW_TOKENS, decode_answers
 from .console import Exit, Failure, is_memory, sentence
 from .pooling import BUDGETED
 from .preprocessing import open_image, read_image
 from .sampling import check_count
 
-MAX_NEW_TOKENS = 256
 # Pillow opens these as images, and they may be clips. A photo of a phone (MPO) or a scan (TIFF) with several is none,
 # and of a WebP, which FFmpeg does not play, the first image is taken.
 ANIMATED = ("GIF", "PNG", "AVIF")
@@ -119,13 +119,7 @@ def plan(
     groups  (kind, frames) of the files of each prompt
     """
     lengths = [frames for group in groups for kind, frames in group if kind == "video"]
-    if tokens is not None:
-        if config.pooling not in BUDGETED:
-            raise Failure(
-                Exit.USAGE,
-                f"--tokens needs a model whose pooling has a budget, got {config.pooling!r}; use fewer --frames",
-            )
-        config.pooling_max_tokens = processor.pooling_max_tokens = tokens
+    set_budget(config, processor, tokens)
     most = getattr(config.vision_config, "adapter_max_frames", None)
     images = max(sum(kind == "image" for kind, _ in group) for group in groups)
     if most is not None and max(lengths, default=0) > most:
@@ -149,6 +143,18 @@ def plan(
             f"{name} has {visual} tokens of videos alone, and with question and answer it must fit into the {limit} of "
             f"the model; pass fewer --frames{files} or --tokens",
         )
+
+
+def set_budget(config: PPLlavaConfig, processor: PPLlavaProcessor, tokens: int | None) -> None:
+    """At most `tokens` for each video."""
+    if tokens is None:
+        return
+    if config.pooling not in BUDGETED:
+        raise Failure(
+            Exit.USAGE,
+            f"--tokens needs a model whose pooling has a budget, got {config.pooling!r}; use fewer --frames",
+        )
+    config.pooling_max_tokens = processor.pooling_max_tokens = tokens
 
 
 def check_template(processor: PPLlavaProcessor, name: str, groups: list[list[str]], question: str) -> None:
@@ -314,13 +320,8 @@ class Stream(TextStreamer):
             super().on_finalized_text(text, stream_end)
 
     def answers(self, ends: int | list[int] | None) -> list[tuple[str, int]]:
-        """(text, number of tokens) of each answer, up to the first of the tokens `ends`; what follows is padding."""
-        last = {ends} if isinstance(ends, int) else set(ends or ())
-        found = []
-        for row in torch.stack(self.steps, dim=1).tolist():  # [N, T]
-            count = next((i for i, token in enumerate(row, start=1) if token in last), len(row))
-            found.append((self.tokenizer.decode(row[:count], **self.decode_kwargs).strip(), count))
-        return found
+        """As :func:`decode_answers`."""
+        return decode_answers(self.tokenizer, torch.stack(self.steps, dim=1).tolist(), ends)  # of [N, T]
 
 
 def visual_tokens(media: list[Medium], features: dict[str, Any]) -> list[int]:
@@ -344,5 +345,6 @@ __all__ = [
     "prompt",
     "read",
     "room",
+    "set_budget",
     "visual_tokens",
 ]

@@ -1,10 +1,11 @@
-"""The command line: `ppllava ask`, `ppllava convert`, `ppllava presets`. Answers go to stdout, all else to stderr."""
+"""The command line: `ppllava ask`, `run`, `convert`, `presets`. Answers go to stdout or a file, all else to stderr."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,12 @@ try:
     from typer import Argument, Option
 except ModuleNotFoundError:
     typer = None
+
+
+class Engine(str, Enum):
+    LOCAL = "local"
+    RAY = "ray"
+
 
 COUNT = 1 << 20  # the most of anything that is counted, or numbers of 30 digits would reach the model
 EPILOG = "Exit codes: " + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items()) + "."
@@ -156,6 +163,58 @@ def ask(
                 note(f"wrote {path}")
 
 
+def run_requests(
+    requests: Annotated[Path, Argument(metavar="REQUESTS", help="JSON lines: id, video or image or images, prompt.")],
+    answers: Annotated[Path, Option("--out", "-o", metavar="FILE", help="JSON lines: id, answer or error.")],
+    model: Annotated[str | None, Option(metavar="PATH", help="Folder of a model.")] = None,
+    preset: Annotated[str | None, Option(help="A model with random weights: see `ppllava presets`.")] = None,
+    frames: Annotated[
+        int | None, Option(min=1, max=COUNT, help="Of videos whose request names none; default: the model's number.")
+    ] = None,
+    fps: Annotated[float | None, Option(help="Frames a second of such videos, instead of --frames.")] = None,
+    tokens: Annotated[
+        int | None, Option(min=1, max=COUNT, help="At most so many visual tokens for each video.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, max=COUNT, help="Longest answer to requests that name none; default: 256.")
+    ] = None,
+    memory: Annotated[
+        float | None,
+        Option(help="GiB for the activations of a batch, or the features of a video; default: by what is free."),
+    ] = None,
+    threads: Annotated[int | None, Option(min=1, max=256, help="That decode files; default: by the cores.")] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[Dtype, Option(help="Of the weights; auto is that of the files.")] = Dtype.AUTO,
+    engine: Annotated[
+        Engine, Option(help="local: this process. ray: a Ray cluster, or one started here.")
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None, Option(min=1, max=COUNT, help="Of --engine ray, each with a model; default: 1.")
+    ] = None,
+) -> int:
+    """Answer a file of requests in batches. Started again after an interruption, it goes on where it was.
+
+    A request is one JSON object a line: "id", "prompt", one of "video", "image" and "images" (paths), and optionally
+    "frames" or "fps", "start" and "end" of a video, "max_new_tokens". The file of answers has them in the same order.
+    """
+    from .running import JobSpec, local_engine, run_job
+
+    _check_options(model, preset, frames, fps, None, None, 0.0)
+    if memory is not None and not 2**-20 <= memory < 2**20:
+        raise Failure(Exit.USAGE, f"--memory must be GiB, more than 0, got {memory:g}; try 8")
+    if workers is not None and engine is Engine.LOCAL:
+        raise Failure(Exit.USAGE, "--workers is for --engine ray, got --engine local; leave it out, or see --threads")
+    place = "auto" if device is None and engine is Engine.RAY else str(_device(device))
+    size = None if memory is None else int(memory * 2**30)
+    spec = JobSpec(model, preset, dtype, frames, fps, tokens, max_new_tokens, place, size, threads)
+    with quiet():
+        if engine is Engine.LOCAL:
+            return run_job(requests, answers, spec, local_engine)
+        from .ray_engine import RayEngine
+
+        return run_job(requests, answers, spec, RayEngine(workers or 1))
+
+
 def convert(
     source: Annotated[Path, Argument(metavar="SRC", help="Folder of the checkpoint.")],
     destination: Annotated[Path, Argument(metavar="DST", help="Folder to write, new or empty.")],
@@ -269,6 +328,7 @@ def _app() -> typer.Typer:
 
     app = typer.Typer(cls=Group, add_completion=False, help="PPLLaVA: ask videos and images.")
     app.command(epilog=EPILOG)(ask)
+    app.command("run")(run_requests)
     app.command()(convert)
     app.command("presets")(show_presets)
     return app

@@ -36,11 +36,12 @@ MEANINGS = {
     Exit.OK: "ok",
     Exit.BUG: "a bug, worth a report",
     Exit.USAGE: "wrong usage",
-    Exit.MEDIA: "a file is missing, unreadable, or none of its frames can be decoded, or a drawing cannot be written",
+    Exit.MEDIA: "a file is missing, unreadable, or none of its frames can be decoded, or a drawing cannot be written; "
+    "of `run`: some requests have no answer, the file of answers says why",
     Exit.MODEL: "the model cannot be loaded or converted",
     Exit.PROMPT: "the prompt does not fit into the context of the model",
     Exit.MEMORY: "out of memory",
-    Exit.OUTPUT: "stdout cannot be written",
+    Exit.OUTPUT: "stdout, or the file of answers, cannot be written",
     Exit.INTERRUPTED: "interrupted with Ctrl-C",
     Exit.PIPE: "nobody reads the answer any more",
 }
@@ -147,8 +148,32 @@ def _status(text: str) -> AbstractContextManager:
 
 
 @contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Gives `advance(count)`, which moves a bar where someone watches, and else notes every tenth."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if 10 * before // total < 10 * done // total:
+            note(f"{done} of {total} requests are done")
+
+    yield advance
+
+
+@contextmanager
 def quiet(status: str | None = None) -> Iterator[None]:
     """Of all warnings only those about the user's files and question, as notes."""
+    from .batching import BatchWarning
     from .video import VideoWarning
 
     if os.environ.get("PPLLAVA_DEBUG") == "1":
@@ -162,6 +187,7 @@ def quiet(status: str | None = None) -> Iterator[None]:
         with warnings.catch_warnings(), _status(status) if status else nullcontext():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=VideoWarning)
+            warnings.filterwarnings("always", category=BatchWarning)
             warnings.filterwarnings("default", message="guide_text of")  # one note for all files
             warnings.showwarning = lambda message, *_, **__: note(str(message))
             yield
@@ -171,4 +197,16 @@ def quiet(status: str | None = None) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-__all__ = ["MEANINGS", "Exit", "Failure", "is_memory", "note", "print_json", "quiet", "run", "sentence", "timed"]
+__all__ = [
+    "MEANINGS",
+    "Exit",
+    "Failure",
+    "is_memory",
+    "note",
+    "print_json",
+    "progress",
+    "quiet",
+    "run",
+    "sentence",
+    "timed",
+]
