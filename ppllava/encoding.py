@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .video import VideoReader
 
 Item = TypeVar("Item")
-AHEAD_BYTES = 256 << 20  # of resized frames that wait for the tower
+AHEAD_BYTES = 64 << 20  # of resized frames that wait for the tower
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def encode_video(
         video = ppllava.encode_video(model, processor, "lecture.mp4", fps=1)
 
     A thread decodes and resizes the next frames while the tower runs on the last ones. Memory: the features, and of
-    frames what fits into 256 MiB and one chunk of the tower, however long the video is.
+    frames what fits into 64 MiB and one chunk of the tower, however long the video is.
 
     Args:
         video: the path of a file, or decoded frames in any form that :class:`PPLlavaProcessor` takes.

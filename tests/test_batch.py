@@ -1,0 +1,325 @@
+"""Batch inference: the answers of `generate` for one request after the other, packed, encoded once, failing alone."""
+
+import warnings
+
+import clips
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ppllava
+from ppllava import BatchWarning, batching, presets, video
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batch")
+    for n in range(4):
+        clips.encode(folder / f"{n}.mp4", 20 + 10 * n)
+    Image.fromarray(clips.draw(3, 80, 60)).save(folder / "i.png")
+    Image.fromarray(clips.draw(9, 40, 90)).save(folder / "j.jpg")
+    (folder / "text.mp4").write_text("not a video")
+    return folder
+
+
+@pytest.fixture
+def made():
+    """(model, processor) of their own, in float64: an answer does not hang on the rounding of its batch."""
+    return presets.build("tiny", dtype=torch.float64)
+
+
+def ask(medium, prompt="What is it?", **more):
+    kind = "images" if isinstance(medium, list) else "video" if str(medium).endswith("mp4") else "image"
+    return {"id": f"{medium} {prompt}", kind: medium, "prompt": prompt, "max_new_tokens": NEW, **more}
+
+
+def alone(made, request):
+    """The answer of plain `generate`."""
+    model, processor = made
+    kind = "video" if "video" in request else "image"
+    if kind == "video":
+        rate = {name: request[name] for name in ("fps", "start", "end") if name in request}
+        count = None if "fps" in rate else request.get("frames", processor.num_frames)
+        media = [video.read_video(request["video"], num_frames=count, **rate)]
+    else:
+        media = request.get("images", [request.get("image")])
+    blocks = [*({"type": kind, kind: medium} for medium in media), {"type": "text", "text": request["prompt"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": blocks}], add_generation_prompt=True, tokenize=True, return_dict=True
+    ).to(torch.float64)
+    ids = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def watch(patch, model):
+    """(batch, padded length, new tokens) of every call of `generate`."""
+    calls, generate = [], model.generate
+
+    def watched(input_ids, max_new_tokens, **kwargs):
+        calls.append((*input_ids.shape, max_new_tokens))
+        return generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **kwargs)
+
+    patch.setattr(model, "generate", watched)
+    return calls
+
+
+def mixed(folder):
+    return [
+        ask(folder / "0.mp4", frames=4),
+        ask(folder / "i.png"),
+        ask(folder / "3.mp4", "Who wins, and why does nobody stop it?", frames=13),
+        ask([folder / "i.png", folder / "j.jpg"], max_new_tokens=3),
+        ask(folder / "1.mp4", fps=5.0, start=0.3, end=1.2),
+        ask(folder / "0.mp4", "And then?", frames=4),
+        ask(folder / "j.jpg", "A dog?"),
+        ask(folder / "2.mp4", max_new_tokens=1),
+        ask(folder / "0.mp4", "And then?", frames=5),
+    ]
+
+
+def test_answers_are_those_of_generate(made, folder):
+    requests = mixed(folder)
+    answers = list(ppllava.batch(*made, requests))
+    assert answers == [{"id": request["id"], "answer": alone(made, request)} for request in requests]
+
+
+def test_many_share_a_batch_and_like_lengths_do(made, folder, monkeypatch):
+    calls = watch(monkeypatch, made[0])
+    requests = [ask(folder / f"{n % 4}.mp4", "What " * (1 + 7 * n % 23), frames=2 + 5 * n % 17) for n in range(24)]
+    answers = list(ppllava.batch(*made, requests))
+    assert [answer["id"] for answer in answers] == [request["id"] for request in requests]
+    assert [count for count, *_ in calls] == [8, 8, 8]
+    lengths = [length for _, length, _ in calls]
+    assert lengths == sorted(lengths, reverse=True)  # the largest first: what does not fit shows at once
+    padded = sum(count * length for count, length, _ in calls)
+    calls.clear()
+    for request in requests:
+        list(ppllava.batch(*made, [request]))
+    needed = sum(length for _, length, _ in calls)
+    by_order = sum(8 * max(length for _, length, _ in calls[n : n + 8]) for n in range(0, 24, 8))
+    assert 0 <= padded - needed < (by_order - needed) / 2
+
+
+def test_the_budget_bounds_a_batch(made, folder, monkeypatch):
+    calls = watch(monkeypatch, made[0])
+    requests = [ask(folder / f"{n % 4}.mp4", "What " * (n + 1), frames=2 + n) for n in range(9)]
+    expected = list(ppllava.batch(*made, requests))
+    calls.clear()
+    token = batching.bytes_per_token(made[0].config.text_config, torch.float64)
+    assert list(ppllava.batch(*made, requests, memory=200 * token)) == expected
+    assert len(calls) > 3
+    assert all(count == 1 or count * (length + new) <= 200 for count, length, new in calls)
+    assert any(count > 1 for count, *_ in calls)
+
+
+def test_a_clip_is_encoded_once_for_all_questions_about_it(made, folder):
+    seen = []
+    made[0].model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    questions = ["What?", "Who?", "What happens after that, and who is to blame?"]
+    requests = [ask(folder / f"{n}.mp4", question, frames=4) for question in questions for n in (0, 1)]
+    requests += [ask(folder / "0.mp4", "Other frames?", frames=6)] + [
+        ask(folder / "1.mp4", "Why?" * n) for n in (1, 30)
+    ]
+    list(ppllava.batch(*made, requests))
+    assert sum(seen) == 4 + 4 + 6 + 29  # the default 32 of a clip of 30 frames: 29 of them, some twice
+
+
+def test_each_fails_alone(made, folder):
+    good = ask(folder / "0.mp4", frames=4)
+    bad = [
+        (ask(folder / "none.mp4"), "there is no such file"),
+        (ask(folder / "text.mp4"), "FFmpeg finds no video in it"),
+        (ask(folder / "0.mp4", start=50.0), "is after the end of the clip"),
+        (ask(folder / "none.png"), "there is no such image"),
+        (ask(folder / "0.mp4", frames=5, fps=1.0), "frames and fps exclude each other"),
+        (ask(folder / "0.mp4", colour="red"), "unknown keys colour"),
+        ({"id": 7}, "prompt must ask something, got none"),
+        ("nonsense", "a request must be an object"),
+        (ask(folder / "0.mp4", frames=4, max_new_tokens=100_000), "must fit into the 2048 of the model"),
+        (ask(folder / "0.mp4", "Why? " * 3000, frames=4), "must fit into the 2048 of the model"),
+    ]
+    requests = [good, *(request for request, _ in bad), good]
+    answers = list(ppllava.batch(*made, requests))
+    expected = alone(made, good)
+    assert answers[0]["answer"] == answers[-1]["answer"] == expected
+    for (request, message), answer in zip(bad, answers[1:-1]):
+        assert answer.keys() == {"id", "error"}
+        assert message in answer["error"]
+        assert answer["id"] == (request["id"] if isinstance(request, dict) else None)
+
+
+def test_damage_that_shows_while_decoding_fails_alone(made, folder, monkeypatch):
+    decode = video.PyAVReader._decode
+    broken = str(folder / "1.mp4")
+    monkeypatch.setattr(
+        video.PyAVReader, "_decode", lambda self, *args: iter(()) if self.path == broken else decode(self, *args)
+    )
+    requests = [ask(folder / f"{n}.mp4", question, frames=4) for question in ("a?", "b?") for n in range(3)]
+    answers = list(ppllava.batch(*made, requests))
+    assert ["error" in answer for answer in answers] == [False, True, False] * 2
+    assert "cannot be decoded" in answers[1]["error"]
+
+
+def test_decoded_media_and_encoded_videos(made, folder):
+    model, processor = made
+    clip = video.read_video(folder / "0.mp4", num_frames=4)
+    encoded = ppllava.encode_video(model, processor, folder / "0.mp4", num_frames=4)
+    image = Image.open(folder / "i.png")
+    media = [
+        ("video", clip),
+        ("video", clip.frames),
+        ("video", encoded),
+        ("image", image),
+        ("image", np.asarray(image)),
+    ]
+    requests = [{"id": n, kind: x, "prompt": "What is it?", "max_new_tokens": NEW} for n, (kind, x) in enumerate(media)]
+    answers = [answer["answer"] for answer in ppllava.batch(model, processor, requests)]
+    files = [ask(folder / "0.mp4", frames=4), ask(folder / "i.png")]
+    expected = [alone(made, request) for request in files]
+    assert answers == [expected[0]] * 3 + [expected[1]] * 2
+
+
+def test_the_context_bounds_an_answer_that_names_no_length(made, folder, monkeypatch):
+    calls = watch(monkeypatch, made[0])
+    request = ask(folder / "0.mp4", "a" * 1900, frames=4)
+    del request["max_new_tokens"]
+    [answer] = ppllava.batch(*made, [request])
+    [(_, length, new)] = calls
+    assert "answer" in answer
+    assert length + new == 2048
+    calls.clear()
+    [_] = ppllava.batch(*made, [{**request, "prompt": "a"}], max_new_tokens=9)
+    assert calls[0][2] == 9
+
+
+def test_generate_options_arrive(made, folder):
+    request = ask(folder / "0.mp4", frames=4)
+    [expected] = ppllava.batch(*made, [request])
+    assert list(ppllava.batch(*made, [request], cache_implementation="static")) == [expected]
+    torch.manual_seed(0)
+    [sampled] = ppllava.batch(*made, [request], do_sample=True, temperature=50.0)
+    assert sampled != expected
+
+
+# ---- memory
+
+
+def out_of_memory(model, patch, most):
+    """`generate` fits so many rows."""
+    calls, generate = [], model.generate
+
+    def limited(input_ids, **kwargs):
+        calls.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return generate(input_ids=input_ids, **kwargs)
+
+    patch.setattr(model, "generate", limited)
+    return calls
+
+
+def test_a_batch_too_large_is_halved_and_said_once(made, folder, monkeypatch):
+    requests = [ask(folder / f"{n % 4}.mp4", "What?" * n, frames=4) for n in range(1, 20)]
+    expected = list(ppllava.batch(*made, requests))
+    calls = out_of_memory(made[0], monkeypatch, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert list(ppllava.batch(*made, requests)) == expected
+    assert [str(w.message).partition(" with ")[0] for w in caught if w.category is BatchWarning] == [
+        "generate ran out of memory"
+    ]
+    assert calls[:3] == [8, 4, 2]
+    assert sum(count > 3 for count in calls) <= 3  # later batches do not try again
+
+
+def test_what_does_not_fit_alone_is_an_error_of_its_own(made, folder, monkeypatch):
+    generate = made[0].generate
+
+    def limited(input_ids, **kwargs):
+        if input_ids.shape[1] > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(made[0], "generate", limited)
+    requests = [ask(folder / "0.mp4", "a" * (200 if n == 2 else n + 1), frames=4) for n in range(5)]
+    with pytest.warns(BatchWarning):
+        answers = list(ppllava.batch(*made, requests))
+    assert ["error" in answer for answer in answers] == [False, False, True, False, False]
+    assert "out of memory even alone" in answers[2]["error"]
+
+
+def test_another_failure_of_a_batch_fails_alone(made, folder, monkeypatch):
+    generate = made[0].generate
+
+    def poisoned(input_ids, **kwargs):
+        if (input_ids == made[1].tokenizer.convert_tokens_to_ids("X")).any():
+            raise ValueError("poison")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(made[0], "generate", poisoned)
+    requests = [ask(folder / "0.mp4", "X" if n == 3 else "Y" * n, frames=4) for n in range(1, 7)]
+    answers = list(ppllava.batch(*made, requests))
+    assert [answer.get("error") for answer in answers] == [None, None, "poison", None, None, None]
+
+
+def test_the_vision_tower_takes_fewer_frames_where_they_do_not_fit(made, folder):
+    model, processor = made
+    request = ask(folder / "3.mp4", frames=20)
+    [expected] = ppllava.batch(model, processor, [request])
+    seen = []
+
+    def limited(_, inputs):
+        seen.append(len(inputs[0]))
+        if len(inputs[0]) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.vision_tower.register_forward_pre_hook(limited)
+    with pytest.warns(BatchWarning, match="the vision tower ran out of memory with 31 frames at once") as caught:
+        assert list(ppllava.batch(model, processor, [request])) == [expected]
+    assert len(caught) == 1
+    assert seen == [20, 15, 7, 3, 3, 3, 3, 3, 3, 2]
+    assert model.config.vision_chunk is None  # as it was
+
+
+def test_a_video_too_long_for_the_memory(made, folder):
+    [answer] = ppllava.batch(*made, [ask(folder / "0.mp4", frames=1 << 20)], memory=64 << 20)
+    assert "the features of 1048576 frames take 9216 MiB, more than the memory of 64 MiB" in answer["error"]
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "memory", "workers"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_wrong_arguments_are_said_before_the_first_answer(made, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):
+        ppllava.batch(*made, [], **{name: value})
+
+
+# ---- going on
+
+
+def test_the_others_are_computed_as_in_one_go(made, folder, monkeypatch):
+    requests = [ask(folder / f"{n % 4}.mp4", "What?" * (n % 5 + 1) + str(n), frames=2 + n % 3) for n in range(20)]
+    calls = watch(monkeypatch, made[0])
+    job = batching.BatchJob(*made)
+    whole = {outcome.index: outcome for outcome in job.run(requests)}
+    shapes = list(calls)
+    assert sorted(whole) == list(range(20))
+    done = {*list(whole)[9:]}  # all but the first batch and one of the second
+    calls.clear()
+    rest = {outcome.index: outcome for outcome in job.run(requests, done)}
+    assert rest == {n: outcome for n, outcome in whole.items() if n not in done}
+    assert set(calls) <= set(shapes)
+    assert len(calls) < len(shapes)
+    assert list(job.run(requests, range(20))) == []
+
+
+def test_answers_come_while_others_are_computed(made, folder, monkeypatch):
+    monkeypatch.setattr(batching, "WINDOW", 2)
+    monkeypatch.setattr(batching.windows, "__defaults__", (2,))
+    calls = watch(monkeypatch, made[0])
+    answers = ppllava.batch(*made, [ask(folder / f"{n}.mp4", frames=2) for n in range(4)])
+    next(answers)
+    assert len(calls) == 1
+    assert len(list(answers)) == 3
