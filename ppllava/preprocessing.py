@@ -120,7 +120,7 @@ def normalize(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """frames uint8 [T, 3, S, S] -> pixel values float32 [T, 3, S, S], on the device of the frames."""
     center = 255 * torch.tensor(list(mean), device=frames.device).view(3, 1, 1)
     scale = 255 * torch.tensor(list(std), device=frames.device).view(3, 1, 1)
-    return ((frames - center) / scale).contiguous()
+    return frames.to(torch.float32, memory_format=torch.contiguous_format).sub_(center).div_(scale)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
