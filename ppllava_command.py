@@ -1,8 +1,13 @@
 """The program `ppllava`. Outside of the package, whose import takes seconds in which Ctrl-C must not be a traceback."""
 
+import logging
 import os
 import signal
 import sys
+
+# transformers imports torchao where it is installed, which warns of each of its GPU libraries that a CPU lacks.
+for name in ("torchao", "torch.utils._pytree") if os.environ.get("PPLLAVA_DEBUG") != "1" else ():
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256
 WINDOW = 128  # requests whose files are opened, and that are packed, together
+GIB = 1 << 30
 LARGEST = {"cpu": 8}  # requests of one batch, where more of them are no faster
 LARGEST_OF_GPU = 256
 
@@ -105,7 +106,7 @@ def batch(
             `end` in seconds; `max_new_tokens`.
         max_new_tokens: where a request names none; default 256, or what the context leaves.
         memory: bytes that the key-value cache and the activations of one batch may take, and the features of one video;
-            default: 80 % of what is free on a GPU, half of it on a CPU.
+            default: 80 % of what is free on a GPU, a quarter of all there is on a CPU.
         workers: threads that open and decode files; default: half of the cores, at most 8.
         generate_options: for `generate`, for example `cache_implementation="static"`; greedy by default.
 
@@ -384,13 +385,16 @@ def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
 
 
 def default_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        try:
-            return max(1 << 30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-        except (AttributeError, ValueError):  # not Linux
-            return 4 << 30
-    release(device)
-    return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    """Whole GiB, so that batches, and how their answers are rounded, do not hang on what else runs here."""
+    try:
+        if device.type == "cuda":
+            release(device)
+            size = 0.8 * torch.cuda.mem_get_info(device)[0]
+        else:
+            size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    except (AttributeError, ValueError):  # not Linux
+        size = 4 * GIB
+    return max(1, int(size / GIB)) * GIB
 
 
 def _tokens(item: Item) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=PPLlavaPreTrainedModel)
 CAPABILITY = (8, 9)  # the first with fp8 matrix products
+LEAST = 1e-12  # max|row of x| is taken to be no less
 MULTIPLE = 16  # of both sides of a weight, for those products; torchao leaves others as they are without a word
 
 
@@ -23,19 +24,24 @@ def fp8(model: Model) -> Model:
 
         y = (q(x) q(W)^T) * (s_x s_W^T) + b,    q(z) = z / s_z rounded to e4m3,    s_z = max|row of z| / 448
 
-    for x [..., I], W [O, I], one scale per row of either; W once, here, and x in each call. Everything else stays in
+    for x [..., I] and W [O, I]; of W once, here, and of x in each call. A row of zeros gives zeros. All else stays in
     bfloat16: the head, the embeddings, the projector, whose op reads its weights, and the guide.
 
     Raises:
         RuntimeError: where fp8 cannot run (:func:`why_not_fp8`).
         ValueError: for a model whose layers cannot be in fp8 (:func:`fp8_linears`).
     """
-    chosen = set(fp8_linears(model).values())
     if why := why_not_fp8(model.device):
         raise RuntimeError(why)
+    chosen = set(fp8_linears(model).values())
     from torchao.quantization import quantize_
 
     quantize_(model, fp8_config(), filter_fn=lambda module, name: module in chosen)
+    for module in chosen:
+        weight = module.weight
+        zeros = weight.scale == 0  # [O, 1], of rows that torchao made 0 / 0
+        weight.qdata.view(torch.uint8).masked_fill_(zeros, 0)
+        weight.scale.masked_fill_(zeros, 1)
     return model
 
 
@@ -44,9 +50,11 @@ def why_not_fp8(device: torch.device | str) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return "fp8 needs torchao, which is not installed; pip install 'ppllava-kernels[fp8]'"
     device, what = torch.device(device), f"a CUDA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or newer"
-    if device.type != "cuda" or torch.version.cuda is None:
-        got = "a ROCm GPU" if device.type == "cuda" else str(device)
-        return f"fp8 needs the model on {what}, got it on {got}; move it there, or leave it in bfloat16"
+    if device.type != "cuda":
+        return f"fp8 needs the model on {what}, got it on {device}; move it there, or leave it in bfloat16"
+    if not torch.cuda.is_available() or torch.version.hip:
+        got = "a ROCm GPU" if torch.version.hip else "none that PyTorch can use"
+        return f"fp8 needs {what}, got {got}; leave the model in bfloat16"
     if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
         got = f"{torch.cuda.get_device_name(device)} of {'.'.join(map(str, capability))}"
         return f"fp8 needs {what}, got {got}; leave the model in bfloat16"
@@ -57,7 +65,11 @@ def fp8_config() -> Float8DynamicActivationFloat8WeightConfig:
     """What :func:`fp8` gives to torchao; of inductor's settings, which are the process's, it changes none."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(),
+        activation_value_lb=LEAST,  # a row of zeros, as that of a padding token, would become 0 / 0
+        set_inductor_config=False,
+    )
 
 
 def fp8_linears(model: PPLlavaPreTrainedModel) -> dict[str, nn.Linear]:

@@ -307,7 +307,7 @@ def start(files, *command):
 
 
 def test_as_a_program(files):
-    program = start(files, "-m", "ppllava", "ask", "a.mp4", QUESTION, *QUICK, "--json")
+    program = start(files, "-m", "ppllava_command", "ask", "a.mp4", QUESTION, *QUICK, "--json")
     out, err = program.communicate(timeout=120)
     assert (program.returncode, err) == (0, "")
     assert json.loads(out)["answer"] == expected([video(files / "a.mp4")])

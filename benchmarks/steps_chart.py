@@ -1,0 +1,44 @@
+"""The chart of steps.json: how many times faster than the plain way, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import chart, report
+
+KEPT, LEFT_OUT = "#1b7837", "#bababa"
+
+
+def draw_steps(path: Path) -> str:
+    """As `chart.draw_roofline`: a bar for each step, all steps above it that are kept included."""
+    pyplot = chart._pyplot()
+    if pyplot is None:
+        return chart.NO_MATPLOTLIB
+    results = report.read(path, "steps")
+    rows = [row for row in results["rows"] if row["status"] == "ok"]
+    if not rows:
+        return "left out the chart, there are no rows with times"
+    figure, axis = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
+    whole = 1.0
+    for place, row in enumerate(rows):
+        reached = whole * row["ratio"]
+        axis.barh(place, reached, 0.7, color=KEPT if row["kept"] else LEFT_OUT)
+        label = f" {reached:.2f}  (x {row['ratio']:.2f}{'' if row['kept'] else ', not kept'})"
+        axis.text(reached, place, label, va="center", fontsize=9)
+        whole = reached if row["kept"] else whole
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(range(len(rows)), [row["step"] for row in rows], fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(bar.get_width() for bar in axis.patches))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("times faster than without any of them (longer is better)", loc="left", fontsize=10)
+    setup = results["protocol"]
+    figure.supxlabel(
+        f"{setup['preset']}, {setup['dtype']}, {setup['frames']} frames, {setup['new_tokens']} new tokens. "
+        f"{report.machine_line(results['machine'])}",
+        fontsize=8,
+    )
+    return chart._save(pyplot, figure, path)
+
+
+__all__ = ["draw_steps"]
