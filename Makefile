@@ -15,6 +15,8 @@ benchmark: $(VENV)/ready  ## measure the ops, the projector and the model on thi
 	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.projector $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.steps $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.fp8 $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.table
 
 table: $(VENV)/ready  ## the tables of README and docs, from the JSON that is there

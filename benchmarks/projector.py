@@ -30,7 +30,7 @@ from .shapes import BOTH, DTYPES, LONG, PROJECT, PROJECTORS, SHORT
 FAMILIES = ("vicuna7b", "qwen2_7b")
 DIRECTIONS = ("forward", BOTH)
 COMPILATION = {"cpu": 2e11, "cuda": 1e14}  # in floating point operations, of which a GPU does so many more meanwhile
-TIME_LIMIT = {"cpu": 220.0, "cuda": None}  # of what is measured by default
+TIME_LIMIT = {"cpu": 150.0, "cuda": None}  # of what is measured by default
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -44,7 +44,7 @@ def converted(request, tmp_path_factory):
     words = save_tokenizer(root / "words", *SIZES[case])
     guide = save_tokenizer(root / "guide", GUIDE_WORDS[case])
     command = ["convert", GOLDEN / case / "hf", root / "model", "--tokenizer", words, "--guide-tokenizer", guide]
-    run = subprocess.run([sys.executable, "-m", "ppllava", *map(str, command)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "ppllava_command", *map(str, command)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     assert "written" in run.stdout

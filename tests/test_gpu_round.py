@@ -200,7 +200,8 @@ sys.exit(gpu_round.execute(plan, Path({str(path)!r}), {MACHINE!r}, 100, False))
 
 def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     plan = {step.name: step for step in gpu_round.steps(tmp_path)}
-    checks, benchmarks = ["build", "backends", "tests", "memcheck", "racecheck"], ["kernels", "projector", "throughput"]
+    checks = ["build", "backends", "tests", "memcheck", "racecheck"]
+    benchmarks = ["kernels", "projector", "throughput", "steps", "fp8"]
     assert list(plan) == [*checks, *benchmarks, "tables"]
     assert sum(step.least_s for step in plan.values()) < 570
     files = [word for word in plan["tests"].command if word.startswith("tests/")]
@@ -213,7 +214,7 @@ def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_round.shutil, "which", lambda name: None)
     plan = {step.name: step for step in gpu_round.steps(None)}
     assert plan["tests"].why_not == plan["memcheck"].why_not == "the Python package pytest is not installed"
-    assert plan["throughput"].why_not == "the Python package av is not installed"
+    assert plan["throughput"].why_not == plan["steps"].why_not == "the Python package av is not installed"
     assert plan["kernels"].why_not is None
     monkeypatch.setattr(gpu_round.importlib.util, "find_spec", lambda name: 1)
     monkeypatch.setattr(gpu_round, "version", lambda name: "5.17.0")
