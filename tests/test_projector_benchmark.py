@@ -260,7 +260,7 @@ def test_the_plan_starts_with_what_says_most(device):
     )
     assert names <= set(FULL)
     assert cases[0].directions == ("forward",)
-    assert projector.parse(["--device", device]).time_limit == (220 if device == "cpu" else None)
+    assert projector.parse(["--device", device]).time_limit == (150 if device == "cpu" else None)
     assert projector.parse(["--device", device, "--shapes", "tiny_clip"]).time_limit is None
     few = projector.plan(projector.parse(["--device", device, "--shapes", "tiny_clip", "--directions", "both"]))
     assert {(case.shape.name, case.directions) for case in few} == {("tiny_clip", ("both",))}
