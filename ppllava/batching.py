@@ -191,6 +191,8 @@ class BatchJob:
                 else:
                     outcomes.append(failed)
             outcomes += self._answer(encoded)
+            for item in encoded:
+                item.row, item.features = None, {}  # the tokens of thousands of videos would fill the memory
             yield from (outcome for outcome in outcomes if outcome.index not in done)
 
     def _measure(self, unit: Unit, future: Future) -> list[Outcome]:

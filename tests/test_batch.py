@@ -1,5 +1,6 @@
 """Batch inference: the answers of `generate` for one request after the other, packed, encoded once, failing alone."""
 
+import gc
 import warnings
 
 import clips
@@ -10,6 +11,7 @@ from PIL import Image
 
 import ppllava
 from ppllava import BatchWarning, batching, presets, video
+from ppllava.batching import Item
 
 NEW = 6
 
@@ -294,6 +296,19 @@ def test_a_video_too_long_for_the_memory(made, folder):
 def test_wrong_arguments_are_said_before_the_first_answer(made, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):
         ppllava.batch(*made, [], **{name: value})
+
+
+def test_nothing_of_what_is_answered_is_kept(made, folder, monkeypatch):
+    held, generate = [], made[0].generate
+
+    def watched(**kwargs):
+        gc.collect()
+        held.append(sum(isinstance(x, Item) and x.row is not None for x in gc.get_objects()))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(made[0], "generate", watched)
+    list(ppllava.batch(*made, [ask(folder / f"{n % 4}.mp4", "What?" * n, frames=2) for n in range(1, 25)]))
+    assert held == [8, 8, 8]
 
 
 # ---- going on
