@@ -23,7 +23,7 @@ table: $(VENV)/ready  ## the tables of README and docs, from the JSON that is th
 	$(BIN)/python -m benchmarks.table
 
 test: $(VENV)/ready  ## all tests that this machine can run
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

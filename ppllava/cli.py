@@ -185,6 +185,12 @@ def run_requests(
     threads: Annotated[int | None, Option(min=1, max=256, help="That decode files; default: by the cores.")] = None,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")] = None,
     dtype: Annotated[Dtype, Option(help="Of the weights; auto is that of the files.")] = Dtype.AUTO,
+    compiled: Annotated[
+        bool, Option("--compile", help="Compile the vision tower and, on a GPU, the decoding step: for long jobs.")
+    ] = False,
+    fp8: Annotated[
+        bool, Option("--fp8", help="Vision tower and language model in fp8, through torchao, on GPUs that multiply it.")
+    ] = False,
     engine: Annotated[
         Engine, Option(help="local: this process. ray: a Ray cluster, or one started here.")
     ] = Engine.LOCAL,
@@ -206,7 +212,7 @@ def run_requests(
         raise Failure(Exit.USAGE, "--workers is for --engine ray, got --engine local; leave it out, or see --threads")
     place = "auto" if device is None and engine is Engine.RAY else str(_device(device))
     size = None if memory is None else int(memory * 2**30)
-    spec = JobSpec(model, preset, dtype, frames, fps, tokens, max_new_tokens, place, size, threads)
+    spec = JobSpec(model, preset, dtype, frames, fps, tokens, max_new_tokens, place, compiled, fp8, size, threads)
     with quiet():
         if engine is Engine.LOCAL:
             return run_job(requests, answers, spec, local_engine)
@@ -328,7 +334,7 @@ def _app() -> typer.Typer:
 
     app = typer.Typer(cls=Group, add_completion=False, help="PPLLaVA: ask videos and images.")
     app.command(epilog=EPILOG)(ask)
-    app.command("run")(run_requests)
+    app.command("run", epilog=EPILOG)(run_requests)
     app.command()(convert)
     app.command("presets")(show_presets)
     return app

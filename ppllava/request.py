@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ MEDIA = ("video", "image", "images")
 SAMPLING = ("frames", "fps", "start", "end")
 URLS = ("http:", "https:", "ftp:", "data:")
 COUNT = 1 << 20  # the most frames or tokens that anybody may ask for
+MOST = 1e9  # seconds, or frames a second
 
 
 class RequestError(ValueError):
@@ -57,15 +57,21 @@ class Request:
             RequestError: for anything else.
         """
         if not isinstance(given, Mapping):
-            raise RequestError(f"a request must be an object with id, prompt and video, got {_shown(given)}")
+            raise RequestError(f"a request must be an object with id, prompt and video, got {shown(given)}")
         if unknown := [str(key) for key in given if key not in KEYS]:
             raise RequestError(f"unknown keys {', '.join(unknown)}; a request has {', '.join(KEYS)}")
         name = given.get("id")
         if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
-            raise RequestError(f"id must be text or a whole number, got {_shown(name)}; every answer carries it")
+            raise RequestError(f"id must be text or a whole number, got {shown(name)}; every answer carries it")
         prompt = given.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise RequestError(f"prompt must ask something, got {_shown(prompt)}; it guides the compression, too")
+            raise RequestError(f"prompt must ask something, got {shown(prompt)}; it guides the compression, too")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"prompt must be valid text, got {shown(prompt)}; half a surrogate pair is none"
+            ) from None
         for token in ("<image>", "<video>"):
             if token in prompt:
                 raise RequestError(f"prompt must not hold {token}, which stands for a file; leave it out")
@@ -81,15 +87,15 @@ def _source(given: Mapping) -> Source:
     items = given[kind]
     if kind == "images":
         if not isinstance(items, (list, tuple)) or not items:
-            raise RequestError(f"images must be a list of at least one image, got {_shown(items)}")
+            raise RequestError(f"images must be a list of at least one image, got {shown(items)}")
     else:
         items = [items]
     for item in items:
         url = isinstance(item, str) and item.lower().startswith(URLS)
         if not item if isinstance(item, str) else isinstance(item, (bool, int, float, Mapping)):
-            raise RequestError(f"{kind} must be the path of a file, got {_shown(item)}")
+            raise RequestError(f"{kind} must be the path of a file, got {shown(item)}")
         if url:
-            raise RequestError(f"{kind} must be the path of a file, got {_shown(item)}; download it first")
+            raise RequestError(f"{kind} must be the path of a file, got {shown(item)}; download it first")
     sampling = {key: given.get(key) for key in SAMPLING}
     if kind != "video":
         if extra := [key for key, value in sampling.items() if value is not None]:
@@ -109,7 +115,7 @@ def _count(key: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= COUNT:
-        raise RequestError(f"{key} must be a whole number in 1 ... {COUNT}, got {_shown(value)}")
+        raise RequestError(f"{key} must be a whole number in 1 ... {COUNT}, got {shown(value)}")
     return value
 
 
@@ -118,17 +124,17 @@ def _seconds(key: str, value: Any) -> None:
         return
     least = "more than 0" if key == "fps" else "at least 0"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (key == "fps" and not value):
-        raise RequestError(f"{key} must be a number of {least}, got {_shown(value)}")
+    if not number or not 0 <= value < MOST or (key == "fps" and not value):
+        raise RequestError(f"{key} must be a number of {least} and less than {MOST:g}, got {shown(value)}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As it stands in JSON, shortened."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
     return "none" if value is None else text if len(text) <= 60 else f"{text[:60]} ..."
 
 
-__all__ = ["KEYS", "Request", "RequestError", "Source"]
+__all__ = ["KEYS", "Request", "RequestError", "Source", "shown"]

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,13 +15,18 @@ import torch
 
 from .asking import Dtype, check_template, load_model, load_processor, set_budget
 from .batching import BatchJob, Outcome
-from .console import Exit, Failure, note, progress, sentence
-from .request import Request, RequestError
+from .console import Exit, Failure, is_memory, note, progress, sentence
+from .quantization import fp8
+from .request import Request, RequestError, shown
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything that the answers of a job depend on besides its requests, and where it runs."""
+    """Everything that the answers of a job depend on besides its requests, and where it runs.
+
+    compiled  the vision tower, and on a GPU the decoding step
+    fp8       tower and language model multiply in it
+    """
 
     model: str | None
     preset: str | None
@@ -31,6 +36,8 @@ class JobSpec:
     tokens: int | None
     max_new_tokens: int | None
     device: str
+    compiled: bool = False
+    fp8: bool = False
     memory: int | None = None
     threads: int | None = None
 
@@ -52,7 +59,18 @@ class JobSpec:
         name = self.preset if self.model is None else self.model
         check_template(processor, name, [["video"], ["image"]], "?")
         network = load_model(self.model, self.preset, config, torch.device(self.device), self.dtype)
-        return BatchJob(network, processor, self.max_new_tokens, self.memory, self.threads)
+        if self.fp8:
+            try:
+                network = fp8(network)
+            except (RuntimeError, ValueError) as error:
+                if is_memory(error):
+                    raise
+                raise Failure(Exit.MODEL, f"--fp8: {sentence(error)}") from error
+        options = {}
+        if self.compiled:
+            network.model.vision_tower.compile()
+            options["cache_implementation"] = "static"
+        return BatchJob(network, processor, self.max_new_tokens, self.memory, self.threads, options)
 
 
 @dataclass
@@ -60,6 +78,7 @@ class Line:
     """One line of the file of requests: what it asks, or what is wrong with it."""
 
     number: int
+    is_object: bool = False
     id: str | int | None = None
     request: Request | None = None
     digest: str = ""
@@ -69,8 +88,6 @@ class Line:
 def run_job(requests: Path, answers: Path, spec: JobSpec, engine: Any) -> int:
     """Answer the requests of a file; the exit code. `engine(spec, requests, done)` yields the outcomes."""
     lines = read_requests(requests, spec)
-    if not lines:
-        raise Failure(Exit.USAGE, f"{requests}: has no requests; write one JSON object a line: id, prompt and video")
     with AnswerFile(answers, requests, spec.settings, lines) as file:
         for place, line in enumerate(lines):
             if line.error:
@@ -83,10 +100,11 @@ def run_job(requests: Path, answers: Path, spec: JobSpec, engine: Any) -> int:
             with progress(len(lines)) as advance:
                 advance(len(done) + len(lines) - len(valid))
                 if len(done) < len(valid):
-                    for outcome in engine(spec, [lines[place].request for place in valid], done):
-                        place = valid[outcome.index]
-                        file.add(Outcome(place, outcome.id, outcome.answer, outcome.error))
-                        advance(1)
+                    # closed, so that its threads and workers end with Ctrl-C, too
+                    with closing(engine(spec, [lines[place].request for place in valid], done)) as outcomes:
+                        for outcome in outcomes:
+                            file.add(replace(outcome, index=valid[outcome.index]))
+                            advance(1)
         except KeyboardInterrupt:
             count = f"{len(file.outcomes)} of {len(lines)} requests are done, their answers in {answers}"
             raise Failure(Exit.INTERRUPTED, f"interrupted; {count}; the same command goes on from there") from None
@@ -106,8 +124,12 @@ def read_requests(path: Path, spec: JobSpec) -> list[Line]:
     try:
         with open(path, "rb") as file:
             lines = [_parse(number, text, spec) for number, text in enumerate(file, start=1) if text.strip()]
-    except OSError as error:
-        raise Failure(Exit.USAGE, f"{path}: cannot be read ({error.strerror}); pass a file of JSON lines") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Failure(Exit.USAGE, f"{path}: cannot be read ({reason}); pass a file of JSON lines") from error
+    if not any(line.is_object for line in lines):
+        why = lines[0].error if lines else "it is empty"
+        raise Failure(Exit.USAGE, f"{path}: has no requests, {why}; write one JSON object a line: id, prompt and video")
     first: dict[str | int, int] = {}
     for line in lines:
         if line.request is None:
@@ -122,19 +144,36 @@ def read_requests(path: Path, spec: JobSpec) -> list[Line]:
 def _parse(number: int, text: bytes, spec: JobSpec) -> Line:
     line = Line(number)
     try:
-        given = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_no_twins)
-        if isinstance(given, dict):
+        words = text.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+        given = json.loads(words, object_pairs_hook=_no_twins)
+        line.is_object = isinstance(given, dict)
+        if line.is_object:
             name = given.get("id")
             line.id = name if isinstance(name, (str, int)) and not isinstance(name, bool) else None
-            if spec.fps is not None and "video" in given and given.get("frames") is None and given.get("fps") is None:
-                given["fps"] = spec.fps
-        line.request = Request.of(given)
-        line.digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+        line.request = _placed(Request.of(given), spec.fps)
+        line.digest = hashlib.sha256(json.dumps(asdict(line.request)).encode()).hexdigest()[:16]
     except RequestError as error:
+        line.is_object = True
         line.error = f"line {number}: {error}"
     except (ValueError, RecursionError) as error:
-        line.error = f"line {number}: must be one JSON object, and is none ({sentence(error, 100)})"
+        where = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else sentence(error, 100)
+        )
+        line.error = f"line {number}: must be one JSON object, and is none ({where})"
     return line
+
+
+def _placed(request: Request, fps: float | None) -> Request:
+    """With absolute paths, or the answer would depend on the folder of the call, and with --fps."""
+    source = request.source
+    for item in source.items:
+        if not isinstance(item, str):
+            raise RequestError(f"{source.kind} must be the path of a file, got {shown(item)}")
+    frames, rate, start, end = source.sampling
+    if source.kind == "video" and frames is None and rate is None:
+        rate = fps
+    items = tuple(map(os.path.abspath, source.items))
+    return replace(request, source=replace(source, items=items, sampling=(frames, rate, start, end)))
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,18 +197,24 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, requests: Path, settings: dict[str, Any], lines: list[Line]) -> None:
-        if path.exists() and requests.exists() and path.samefile(requests):
-            raise Failure(Exit.USAGE, f"-o must be another file than the requests, got {path} for both")
-        self.path, self.settings, self.lines = path, settings, lines
-        self.job = path.with_name(path.name + ".job")
+        self.path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # a link stays one
+        self.job = self.path.parent / f"{self.path.name}.job"
+        self.requests, self.settings, self.lines = requests, settings, lines
         self.kept: set[int] = set()
         self.outcomes: dict[int, Outcome] = {}
         self._stack, self._file = ExitStack(), None
 
     def __enter__(self) -> AnswerFile:
         with self._stack as stack, writing(self.path):
-            _lock(stack.enter_context(open(self.job, "a", encoding="utf-8")), self.path)
-            self._resume()
+            self._check_place()
+            lock = stack.enter_context(open(self.job, "a", encoding="utf-8"))
+            _lock(lock, self.path)
+            try:
+                self._resume()
+            except Failure:
+                if not os.fstat(lock.fileno()).st_size:
+                    self.job.unlink()
+                raise
             digests = {json.dumps(line.id): line.digest for line in self.lines if line.request is not None}
             self._rewrite()
             draft = stack.enter_context(open(_draft(self.job), "w", encoding="utf-8"))
@@ -177,12 +222,23 @@ class AnswerFile:
             draft.write(json.dumps({"settings": self.settings, "requests": digests}))
             draft.flush()
             os.replace(draft.name, self.job)
-            self._file = stack.enter_context(open(self.path, "a", encoding="utf-8"))
+            self._file = stack.enter_context(open(self.path, "ab"))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        with writing(self.path):  # what is in its buffer, and failed before, fails once more
+            self._stack.close()
+
+    def _check_place(self) -> None:
+        if self.path.exists() and not self.path.is_file():
+            raise Failure(Exit.USAGE, f"-o must be a file, got {self.path}, which is a folder or a device; add a name")
+        for path in (self.path, self.job, _draft(self.path), _draft(self.job)):
+            if path.exists() and os.path.exists(self.requests) and path.samefile(self.requests):
+                raise Failure(
+                    Exit.USAGE,
+                    f"-o {self.path} would write over the requests in {path}; choose another file",
+                )
 
     def add(self, outcome: Outcome) -> None:
         """One more; `index` is its place."""
@@ -195,6 +251,9 @@ class AnswerFile:
 
     def finish(self) -> int:
         """All in the order of the requests; the exit code."""
+        for place, line in enumerate(self.lines):
+            if place not in self.outcomes:
+                self.add(Outcome(place, line.id, error="was lost with the worker that had it; run the command again"))
         with writing(self.path):
             self._rewrite()
         failed = sum(outcome.error is not None for outcome in self.outcomes.values())
@@ -202,21 +261,14 @@ class AnswerFile:
         return Exit.MEDIA if failed else Exit.OK
 
     def _rewrite(self) -> None:
-        _replace(self.path, "".join(_line(outcome) for _, outcome in sorted(self.outcomes.items())))
+        _replace(self.path, b"".join(_line(outcome) for _, outcome in sorted(self.outcomes.items())))
 
     def _resume(self) -> None:
         """Take over the answers of the last run that still hold."""
-        if not self.path.exists() or not self.path.stat().st_size:
+        answers = self._read()
+        settings, digests = self._last()
+        if not answers:
             return
-        try:
-            last = json.loads(self.job.read_text())
-            settings, digests = last["settings"], last["requests"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Failure(
-                Exit.USAGE,
-                f"-o: {self.path} exists, and its {self.job.name} does not tell what it answers; delete it, or choose "
-                "another file",
-            ) from error
         if changed := [key for key in self.settings if self.settings[key] != settings.get(key)]:
             was = ", ".join(f"{key} {settings.get(key)}" for key in changed)
             raise Failure(
@@ -225,14 +277,59 @@ class AnswerFile:
                 "file",
             )
         places = {json.dumps(line.id): place for place, line in enumerate(self.lines) if line.request is not None}
-        for text in self.path.read_bytes().splitlines():
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that was cut in its middle
+        if not places.keys() & answers.keys():
+            raise Failure(
+                Exit.USAGE,
+                f"-o: {self.path} holds answers to other requests, of these it has none; delete it, or choose another "
+                "file",
+            )
+        for key, words in answers.items():
+            place = places.get(key)
+            if place is not None and digests.get(key) == self.lines[place].digest:
+                self.kept.add(place)
+                self.outcomes[place] = Outcome(place, self.lines[place].id, words)
+        if dropped := len(answers) - len(self.kept):
+            note(f"{dropped} answers are dropped, as their requests are others now, or gone")
+
+    def _read(self) -> dict[str, str]:
+        """id, as JSON -> answer; of the last run."""
+        answers = {}
+        if not self.path.exists():
+            return answers
+        *lines, rest = self.path.read_bytes().split(b"\n")
+        for number, text in enumerate([*lines, rest], start=1):
+            try:
                 answer = json.loads(text)
-                key, words = json.dumps(answer["id"]), answer["answer"]
-                place = places[key]
-                if isinstance(words, str) and digests.get(key) == self.lines[place].digest:
-                    self.kept.add(place)
-                    self.outcomes[place] = Outcome(place, answer["id"], words)
+                if answer.keys() == {"id", "answer"} and isinstance(answer["answer"], str):
+                    answers[json.dumps(answer["id"])] = answer["answer"]
+                elif answer.keys() != {"id", "error"}:
+                    raise ValueError(answer)
+            except (ValueError, AttributeError, RecursionError) as error:
+                start = b'{"id": '
+                if number > len(lines) and text[: len(start)] == start[: len(text)]:
+                    break  # cut in its middle, or empty
+                raise Failure(
+                    Exit.USAGE, f"-o: line {number} of {self.path} is no answer; delete it, or choose another file"
+                ) from error
+        return answers
+
+    def _last(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Settings, and digests of the requests, of the last run."""
+        text = self.job.read_bytes()
+        if not text and (not self.path.exists() or not self.path.stat().st_size):
+            return {}, {}
+        try:
+            last = json.loads(text)
+            settings, digests = last["settings"], last["requests"]
+            if not isinstance(settings, dict) or not isinstance(digests, dict):
+                raise TypeError(last)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise Failure(
+                Exit.USAGE,
+                f"-o: {self.path.name} cannot be gone on with, as {self.job} does not tell what it answers; delete "
+                "both, or choose another file",
+            ) from error
+        return settings, digests
 
 
 @contextmanager
@@ -249,10 +346,12 @@ def _lock(file: IO[str], path: Path) -> None:
     """Two jobs with one file of answers would mix them. Held until the file is closed."""
     try:
         import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # not Unix
-        pass
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(file.name).st_ino != os.fstat(file.fileno()).st_ino:  # replaced after it was opened
+            raise BlockingIOError
     except BlockingIOError:
         raise Failure(Exit.USAGE, f"-o: another `ppllava run` writes {path}; wait, or choose another file") from None
 
@@ -261,19 +360,18 @@ def _draft(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: bytes) -> None:
     """Write a file whole or not at all."""
-    _draft(path).write_text(text, encoding="utf-8")
+    _draft(path).write_bytes(text)
     os.replace(_draft(path), path)
 
 
-def _line(outcome: Outcome) -> str:
-    text = json.dumps(outcome.as_dict(), ensure_ascii=False)
+def _line(outcome: Outcome) -> bytes:
     try:
-        text.encode()
+        text = json.dumps(outcome.as_dict(), ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair in an id
-        text = json.dumps(outcome.as_dict())
-    return text + "\n"
+        text = json.dumps(outcome.as_dict()).encode()
+    return text + b"\n"
 
 
 __all__ = ["AnswerFile", "JobSpec", "local_engine", "read_requests", "run_job"]

@@ -68,6 +68,30 @@ def ask(call):
     return run
 
 
+@pytest.fixture
+def run(call, tmp_path):
+    """Runs `ppllava run` on requests, or lines, or the path of a file of them; the answers, where it came to its end,
+    and its result. A request gets what it lacks of an id, the clip a.mp4 and a question."""
+
+    def answer(requests, *arguments, out=tmp_path / "answers.jsonl", options=QUICK):
+        if isinstance(requests, list):
+            path = tmp_path / "requests.jsonl"
+            path.write_bytes(b"\n".join(request_line(given, n) for n, given in enumerate(requests)))
+            requests = path
+        result = call("run", requests, "-o", out, *options, *arguments)
+        complete = result.exit_code in (0, 3)
+        return [json.loads(line) for line in out.read_bytes().splitlines()] if complete else [], result
+
+    return answer
+
+
+def request_line(given, number):
+    if not isinstance(given, dict):
+        return given if isinstance(given, bytes) else given.encode()
+    medium = {} if given.keys() & {"video", "image", "images"} else {"video": "a.mp4"}
+    return json.dumps({"id": f"r{number}", "prompt": QUESTION, **medium, **given}).encode()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The tiny model as a folder."""

@@ -1,0 +1,433 @@
+"""`ppllava run`: what is wrong with a request has its own line and costs no other; what is wrong with a file, a
+sentence."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_fixtures import QUESTION, QUICK, call, files, run
+
+from ppllava import PPLlavaForConditionalGeneration, running
+
+
+def failure(result):
+    """(exit code, the last sentence)."""
+    assert result.stdout == ""
+    return result.exit_code, result.stderr.splitlines()[-1].removeprefix("ppllava: ")
+
+
+# Requests
+
+KEYS = "id, prompt, video, image, images, frames, fps, start, end, max_new_tokens"
+NO_OBJECT = "line 2: must be one JSON object, and is none "
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "text"),
+    [
+        ('{"id": 1', None, f"{NO_OBJECT}(Expecting ',' delimiter at column 9)"),
+        ("{'id': 1}", None, f"{NO_OBJECT}(Expecting property name enclosed in double quotes at column 2)"),
+        ('{"id": 1} {"id": 2}', None, f"{NO_OBJECT}(Extra data at column 11)"),
+        ("[1]", None, "line 2: a request must be an object with id, prompt and video, got [1]"),
+        ("null", None, "line 2: a request must be an object with id, prompt and video, got none"),
+        (
+            b'{"id": "\xff"}',
+            None,
+            f"{NO_OBJECT}('utf-8' codec can't decode byte 0xff in position 8: invalid start byte)",
+        ),
+        (b'\xef\xbb\xbf{"id": 1}', None, f"{NO_OBJECT}(Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1)"),
+        (b"\x00\x01\x02", None, f"{NO_OBJECT}(Expecting value at column 1)"),
+        ("[" * 100_000, None, f"{NO_OBJECT}(maximum recursion depth exceeded"),
+        ('{"id": ' + "9" * 5000 + "}", None, f"{NO_OBJECT}(Exceeds the limit (4300 digits) for integer string conv"),
+        ('{"id": 1, "id": 2}', None, "line 2: a key stands there twice, of id, id; leave one out"),
+        ({"id": "r0"}, "r0", "line 2: id 'r0' is that of line 1; give each its own"),
+        ({"id": None}, None, "line 2: id must be text or a whole number, got none; every answer carries it"),
+        ('{"prompt": "?", "video": "a.mp4"}', None, "line 2: id must be text or a whole number, got none; every"),
+        ({"id": ""}, "", 'line 2: id must be text or a whole number, got ""; every answer carries it'),
+        ({"id": True}, None, "line 2: id must be text or a whole number, got true; every answer carries it"),
+        ({"id": 1.0}, None, "line 2: id must be text or a whole number, got 1.0; every answer carries it"),
+        ({"prompt": " "}, "r1", 'line 2: prompt must ask something, got " "; it guides the compression, too'),
+        ({"prompt": ["a"]}, "r1", 'line 2: prompt must ask something, got ["a"]; it guides the compression, too'),
+        ({"prompt": "a\ud800"}, "r1", "line 2: prompt must be valid text, got "),
+        ({"prompt": "<video>?"}, "r1", "line 2: prompt must not hold <video>, which stands for a file; leave it out"),
+        (
+            '{"id": 1, "prompt": "?"}',
+            1,
+            "line 2: exactly one of video, image and images must be given, got none; ask about one of them",
+        ),
+        (
+            {"video": "a.mp4", "image": "i.png"},
+            "r1",
+            "line 2: exactly one of video, image and images must be given, got video and image; ask about one of them",
+        ),
+        ({"question": "?"}, "r1", f"line 2: unknown keys question; a request has {KEYS}"),
+        ({"x": {"y": float("nan")}}, "r1", f"line 2: unknown keys x; a request has {KEYS}"),
+        ({"frames": 2, "fps": 1}, "r1", "line 2: frames and fps exclude each other, got both; leave one out"),
+        ({"start": 2, "end": 1}, "r1", "line 2: end must not be before start, got 1 and 2"),
+        ({"image": "i.png", "frames": 2}, "r1", "line 2: frames is for videos, got image; leave it out"),
+        ({"images": []}, "r1", "line 2: images must be a list of at least one image, got []"),
+        ({"images": "i.png"}, "r1", 'line 2: images must be a list of at least one image, got "i.png"'),
+        ({"images": ["i.png", 1]}, "r1", "line 2: images must be the path of a file, got 1"),
+        ({"image": ["i.png"]}, "r1", 'line 2: image must be the path of a file, got ["i.png"]'),
+        ({"video": ["a.mp4", "b.mp4"]}, "r1", 'line 2: video must be the path of a file, got ["a.mp4", "b.mp4"]'),
+        ({"video": ""}, "r1", 'line 2: video must be the path of a file, got ""'),
+        ({"video": 7}, "r1", "line 2: video must be the path of a file, got 7"),
+        (
+            {"video": "https://a.b/c.mp4"},
+            "r1",
+            'line 2: video must be the path of a file, got "https://a.b/c.mp4"; download it first',
+        ),
+        *[
+            ({"frames": value}, "r1", f"line 2: frames must be a whole number in 1 ... 1048576, got {shown}")
+            for value, shown in (("8", '"8"'), (2.0, "2.0"), (0, "0"), (-1, "-1"), (True, "true"), (2**63, str(2**63)))
+        ],
+        ({"max_new_tokens": 10**400}, "r1", "line 2: max_new_tokens must be a whole number in 1 ... 1048576, got 100"),
+        *[
+            ({"fps": value}, "r1", f"line 2: fps must be a number of more than 0 and less than 1e+09, got {shown}")
+            for value, shown in (("1", '"1"'), (0, "0"), (-1, "-1"), (float("nan"), "NaN"), (10**400, "1000"))
+        ],
+        ('{"id": 1, "prompt": "?", "video": "a.mp4", "start": 1e999}', 1, "line 2: start must be a number of at least"),
+        ({"end": float("-inf")}, "r1", "line 2: end must be a number of at least 0 and less than 1e+09, got -Infinity"),
+    ],
+)
+def test_wrong_requests(run, line, name, text):
+    answers, result = run([{}, line, {"prompt": "What next?"}])
+    assert result.exit_code == 3
+    assert [answer["id"] for answer in answers] == ["r0", name, "r2"]
+    assert [*answers[0], *answers[2]] == ["id", "answer"] * 2
+    assert answers[1]["error"].startswith(text)
+    said = text if name is None else f"{name}: {text}"
+    assert any(note.startswith(f"ppllava: {said}") for note in result.stderr.splitlines())
+    assert failure(result)[1].startswith("2 answers and 1 errors in ")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"video": "none.mp4"}, "{}/none.mp4: there is no such file; check the path"),
+        ({"video": "text.mp4"}, "{}/text.mp4: FFmpeg finds no video in it"),
+        ({"video": "empty.mp4"}, "{}/empty.mp4: "),
+        ({"video": "sound.mp4"}, "{}/sound.mp4: "),
+        ({"video": "i.png"}, "{}/i.png: "),
+        ({"video": "."}, "{}: "),
+        ({"video": "a\0.mp4"}, "{}/a"),
+        ({"video": "a\ud800.mp4"}, "{}/a"),
+        ({"video": "a" * 5000}, "{}/aaa"),
+        ({"video": "a.mp4", "start": 9}, "start=9"),
+        ({"video": "a.mp4", "fps": 1e8}, ""),
+        ({"video": "a.mp4", "frames": 1 << 20}, ""),
+        ({"video": "a.mp4", "prompt": "why " * 3000}, "the prompt of "),
+        ({"video": "a.mp4", "max_new_tokens": 5000}, "the prompt of "),
+        ({"image": "none.png"}, "{}/none.png: there is no such image; check the path"),
+        ({"image": "broken.jpg"}, "{}/broken.jpg"),
+        ({"image": "a.mp4"}, "{}/a.mp4"),
+        ({"image": "."}, "{}"),
+        ({"image": "i\0.png"}, "{}/i"),
+        ({"images": ["i.png", "none.png"]}, "{}/none.png: "),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_asked_about(run, files, given, text):
+    answers, result = run([{}, given, {"image": "i.png"}])
+    assert result.exit_code == 3, result.stderr
+    assert [list(answer) for answer in answers] == [["id", "answer"], ["id", "error"], ["id", "answer"]]
+    assert text.format(files) in answers[1]["error"]
+    assert "\n" not in answers[1]["error"]
+    assert len(answers[1]["error"]) < 6000
+
+
+def test_ids_of_any_text(run, tmp_path):
+    names = ["a\nb", "\u2028", "\ud800", "日本", 10**300, -1, "1", 1]
+    answers, result = run([{"id": name} for name in names])
+    assert (result.exit_code, [answer["id"] for answer in answers]) == (0, names)
+    assert run([{"id": name} for name in names])[1].stderr.startswith("ppllava: 8 of 8 answers are in ")
+
+
+def test_a_request_that_fails_in_the_model_fails_alone(run, monkeypatch):
+    generate = PPLlavaForConditionalGeneration.generate
+
+    def fail(model, input_ids, **kwargs):
+        if input_ids.shape[1] > 100:
+            raise RuntimeError("too\nlong")
+        return generate(model, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", fail)
+    answers, result = run([{}, {"prompt": "why " * 30}, {"prompt": "What next?"}])
+    assert result.exit_code == 3
+    assert [answer.get("error") for answer in answers] == [None, "too long", None]
+
+
+def test_what_an_engine_forgets_is_an_error(run, monkeypatch):
+    engine = running.local_engine
+    monkeypatch.setattr(running, "local_engine", lambda *args: (x for x in engine(*args) if x.index != 1))
+    answers, result = run([{}, {"prompt": "Lost?"}])
+    assert result.exit_code == 3
+    assert answers[1] == {"id": "r1", "error": "was lost with the worker that had it; run the command again"}
+    monkeypatch.setattr(running, "local_engine", engine)
+    assert run([{}, {"prompt": "Lost?"}])[1].exit_code == 0
+
+
+# The file of requests
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot be read (No such file or directory); pass a file of JSON lines"),
+        (b"", "has no requests, it is empty; write one JSON object a line: id, prompt and video"),
+        (b"\n \r\n", "has no requests, it is empty; write one JSON object a line: id, prompt and video"),
+        (
+            b"\x89PNG\r\n\x1a\n\0\0",
+            "has no requests, line 1: must be one JSON object, and is none ('utf-8' codec can't decode byte 0x89 in "
+            "position 0: invalid start byte); write one JSON object a line: id, prompt and video",
+        ),
+        (
+            b'[\n  {"id": 1,\n   "prompt": "?"\n  }\n]\n',
+            "has no requests, line 1: must be one JSON object, and is none (Expecting value at column 2); write one "
+            "JSON object a line: id, prompt and video",
+        ),
+    ],
+)
+def test_no_requests(run, tmp_path, content, text):
+    path = tmp_path / "given.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    assert failure(run(path)[1]) == (2, f"{path}: {text}")
+    assert not list(tmp_path.glob("answers*"))
+
+
+def test_a_folder_of_requests(run, tmp_path):
+    text = f"{tmp_path}: cannot be read (Is a directory); pass a file of JSON lines"
+    assert failure(run(tmp_path)[1]) == (2, text)
+
+
+# The file of answers
+
+
+def test_other_settings(run, tmp_path):
+    run([{}])
+    out = tmp_path / "answers.jsonl"
+    before = out.read_bytes()
+    code, text = failure(run([{}], "--tokens", 3, "--memory", 1)[1])
+    assert (code, text) == (
+        2,
+        f"-o: {out} holds answers with other settings (tokens None); pass these, delete it, or choose another file",
+    )
+    assert out.read_bytes() == before
+    assert run([{}], "--memory", 1, "--threads", 2)[1].exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"precious", b'{"a": 1}\n', b'{"id": 1, "answer": 2}\n', b"\x00\xff", b'{"id": 1, "answer": "?"}\n', b"[]"],
+)
+def test_a_file_that_is_none_of_answers(run, tmp_path, content):
+    out = tmp_path / "answers.jsonl"
+    out.write_bytes(content)
+    code, text = failure(run([{}])[1])
+    assert code == 2
+    assert text.startswith("-o: ")
+    assert text.endswith("choose another file")
+    assert out.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.glob("answers*")) == ["answers.jsonl"]
+
+
+def test_a_damaged_line(run, tmp_path):
+    run([{}, {"image": "i.png"}, {"image": "j.jpg"}])
+    out = tmp_path / "answers.jsonl"
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[2])
+    before = out.read_bytes()
+    text = f"-o: line 2 of {out} is no answer; delete it, or choose another file"
+    assert failure(run([{}])[1]) == (2, text)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"#!/bin/sh\n", b"[]", b"\xff", b'{"settings": [], "requests": {}}', b'{"settings": {}}', b"[" * 100_000],
+)
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_foreign_job(run, tmp_path, content, answered):
+    out, job = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.job"
+    if answered:
+        run([{}])
+    before = out.read_bytes() if answered else None
+    job.write_bytes(content)
+    if not answered and not content:
+        assert run([{}])[1].exit_code == 0
+        return
+    code, text = failure(run([{}])[1])
+    assert (code, text) == (
+        2,
+        f"-o: answers.jsonl cannot be gone on with, as {job} does not tell what it answers; delete both, or choose "
+        "another file",
+    )
+    assert (out.read_bytes() if answered else None) == before
+    assert (job.read_bytes() if content else b"") == content
+
+
+def test_answers_to_other_requests(run, tmp_path):
+    run([{"id": 1}, {"id": 2}])
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    code, text = failure(run([{"id": "1"}, {"id": 3}])[1])
+    assert (code, text) == (
+        2,
+        f"-o: {tmp_path / 'answers.jsonl'} holds answers to other requests, of these it has none; delete it, or choose "
+        "another file",
+    )
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_two_jobs_at_once(run, tmp_path, monkeypatch):
+    engine, results = running.local_engine, []
+
+    def while_it_runs(*arguments):
+        monkeypatch.setattr(running, "local_engine", engine)
+        for outcome in engine(*arguments):
+            yield outcome
+            results.append(run([{}])[1])
+
+    monkeypatch.setattr(running, "local_engine", while_it_runs)
+    answers, first = run([{}])
+    assert (first.exit_code, [*answers[0]]) == (0, ["id", "answer"])
+    [second] = results
+    out = tmp_path / "answers.jsonl"
+    text = f"-o: another `ppllava run` writes {out}; wait, or choose another file"
+    assert failure(second) == (2, text)
+    assert run([{}])[1].exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("requests", "out"), [("x", "x"), ("x.job", "x"), ("x.new", "x"), ("x.job.new", "x"), ("x", "l")]
+)
+def test_the_requests_are_never_written(run, tmp_path, requests, out):
+    path, out = tmp_path / requests, tmp_path / out
+    content = json.dumps({"id": 1, "video": "a.mp4", "prompt": "?"}).encode()
+    path.write_bytes(content)
+    if out.name == "l":
+        out.symlink_to(path)
+    code, text = failure(run(path, out=out)[1])
+    assert code == 2
+    assert text.endswith(f"would write over the requests in {path}; choose another file")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["folder", "pipe", "none/answers.jsonl", "a.mp4/answers.jsonl", "a" * 300])
+def test_places_that_cannot_be_written(run, files, tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    shutil.copy(files / "a.mp4", tmp_path)
+    out = tmp_path / place
+    code, text = failure(run([{}], out=out)[1])
+    reasons = {
+        "folder": (2, f"-o must be a file, got {out}, which is a folder or a device; add a name"),
+        "pipe": (2, f"-o must be a file, got {out}, which is a folder or a device; add a name"),
+        "none/answers.jsonl": (7, f"{out} cannot be written (No such file or directory); free some space, or"),
+        "a.mp4/answers.jsonl": (7, f"{out} cannot be written (Not a directory); free some space, or write elsewhere"),
+    }
+    expected = reasons.get(place, (7, f"{out} cannot be written (File name too long); free some space, or"))
+    assert code == expected[0]
+    assert text.startswith(expected[1])
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_is_read_only(run, tmp_path):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        folder = Path("/proc/self")  # for root, who may write everywhere else
+    code, text = failure(run([{}], out=folder / "answers.jsonl")[1])
+    assert code == 7
+    assert text.startswith(f"{folder / 'answers.jsonl'} cannot be written (")
+
+
+def test_a_full_disk(run, tmp_path, monkeypatch):
+    """No file may grow beyond a limit: the write that reaches it is a partial one, as on a full disk."""
+    requests = [{"prompt": f"What is {n}?"} for n in range(20)]
+    whole, _ = run(requests)
+    content = (tmp_path / "answers.jsonl").read_bytes()
+    out = tmp_path / "full.jsonl"
+    engine, limits = running.local_engine, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def until_full(*arguments):
+        for n, outcome in enumerate(engine(*arguments)):
+            if n == 8:
+                size = out.stat().st_size + 10
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            yield outcome
+
+    monkeypatch.setattr(running, "local_engine", until_full)
+    try:
+        _, result = run(requests, out=out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reason = os.strerror(errno.EFBIG)
+    assert failure(result) == (7, f"{out} cannot be written ({reason}); free some space, or write elsewhere")
+    assert out.read_bytes().count(b"\n") == 8
+    monkeypatch.setattr(running, "local_engine", engine)
+    assert run(requests, out=out)[0] == whole
+    assert out.read_bytes() == content
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ((), "exactly one of --model and --preset must be given, got neither; --model takes a folder"),
+        (("--preset", "huge"), "--preset must be one of "),
+        ((*QUICK, "--fps", "1"), "--frames and --fps exclude each other, got 4 and 1; leave one out"),
+        (("--preset", "tiny", "--fps", "0"), "--fps must be a positive number of frames a second, got 0; try 1"),
+        ((*QUICK, "--memory", "0"), "--memory must be GiB, more than 0, got 0; try 8"),
+        ((*QUICK, "--memory", "nan"), "--memory must be GiB, more than 0, got nan; try 8"),
+        ((*QUICK, "--memory", "inf"), "--memory must be GiB, more than 0, got inf; try 8"),
+        ((*QUICK, "--threads", "0"), "Invalid value for '--threads': "),
+        (
+            (*QUICK, "--workers", "2"),
+            "--workers is for --engine ray, got --engine local; leave it out, or see --threads",
+        ),
+        ((*QUICK, "--engine", "spark"), "Invalid value for '--engine': "),
+        ((*QUICK, "--device", "toaster"), "--device must be one of this machine, got 'toaster'; try cpu"),
+    ],
+)
+def test_wrong_usage(run, tmp_path, options, text):
+    code, said = failure(run([{}], options=options)[1])
+    assert code == 2
+    assert said.startswith(text)
+    assert not list(tmp_path.glob("answers*"))
+
+
+def test_models_that_cannot_be_loaded(run, tmp_path):
+    code, text = failure(run([{}], options=("--model", tmp_path / "none"))[1])
+    assert code == 4
+    assert text.startswith("--model must be a folder that ")
+
+
+def test_out_of_memory_keeps_the_answers(run, tmp_path, monkeypatch):
+    engine = running.local_engine
+
+    def fail(*arguments):
+        yield next(engine(*arguments))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(running, "local_engine", fail)
+    requests = [{"prompt": f"What is {n}?"} for n in range(3)]
+    answers, result = run(requests)
+    assert (result.exit_code, answers) == (6, [])
+    assert (tmp_path / "answers.jsonl").read_bytes().count(b"\n") == 1
+    monkeypatch.setattr(running, "local_engine", engine)
+    assert run(requests)[1].exit_code == 0
+
+
+def test_without_ray(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    text = "--engine ray needs Ray, which is missing; pip install 'ppllava-kernels[ray]', or leave it out"
+    assert failure(run([{}], "--engine", "ray")[1]) == (2, text)
