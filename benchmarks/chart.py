@@ -9,16 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
+from . import report, steps_chart, video_chart
 from .report import (
     COMPILED_ORIGINAL,
     COMPILED_REFERENCE,
     COMPILED_REORDERED,
     ORIGINAL,
-    PEER,
-    PEER_TUNED,
     PEERS,
-    PPLLAVA,
     PROJECTOR_PEERS,
     REORDERED,
 )
@@ -35,7 +32,6 @@ COLOURS = {
     COMPILED_REORDERED: "#d6604d",
     REORDERED: "#f4a582",
 }
-VIDEO_COLOURS = {PPLLAVA: "#1b7837", PEER: "#878787", PEER_TUNED: "#4393c3"}
 
 
 def fingerprint(path: Path) -> str:
@@ -212,53 +208,25 @@ def _label(variant: str) -> str:
 
 
 def draw_throughput(path: Path) -> str:
-    """As `draw_roofline`: videos per second and time to first token over the number of frames."""
+    """As `draw_roofline`: speed and memory over the number of frames, and where the time goes."""
     pyplot = _pyplot()
     if pyplot is None:
         return NO_MATPLOTLIB
     results = report.read(path, "throughput")
-    rows = results["rows"]
-    if not any(row["status"] == "ok" for row in rows):
+    if not any(row["status"] == "ok" for row in results["rows"]):
         return "left out the chart, there are no rows with times"
-    panels = {
-        "videos per second (longer is better)": lambda row: row["videos_s"],
-        "milliseconds to the first token (shorter is better)": lambda row: row["first_token_ms"]["p50"],
-    }
-    frames = sorted({row["frames"] for row in rows})
-    variants = [name for name in VIDEO_COLOURS if any(row["variant"] == name for row in rows)]
-    tokens = {n: dict.fromkeys(f"{row['visual_tokens']:,}" for row in rows if row["frames"] == n) for n in frames}
-    ticks = [f"{n} frames\n{' / '.join(tokens[n])}" for n in frames]
-    size = 3 + 2 * len(frames) * (0.6 + 0.4 * len(variants)), 4.4
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained")
-    bar = 0.86 / len(variants)
-    for axis, (title, number) in zip(axes, panels.items()):
-        for row in rows:
-            x = frames.index(row["frames"]) + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * bar
-            if row["status"] != "ok":
-                axis.text(
-                    x, 0, f" {row['status']}", rotation=90, ha="center", va="bottom", fontsize=8, color="firebrick"
-                )
-                continue
-            value = number(row)
-            axis.bar(x, value, 0.92 * bar, color=VIDEO_COLOURS[row["variant"]])
-            axis.text(
-                x, value, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va="bottom", fontsize=8
-            )
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xticks(range(len(frames)), ticks, fontsize=8)
-        axis.set_xlim(-0.55, len(frames) - 0.45)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(axis="x", length=0)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=VIDEO_COLOURS[name]) for name in variants]
-    figure.legend(handles, variants, ncols=len(variants), loc="outside upper left", frameon=False, fontsize=9)
-    setup = results["protocol"]
-    figure.supxlabel(
-        f"Below the frames: visual tokens of one video, PPLLaVA / LLaVA-NeXT-Video. Sizes of {setup['preset']} with "
-        f"random weights,\n{setup['dtype']}, batch {setup['batch']}, {setup['new_tokens']} new tokens. "
-        f"{report.machine_line(results['machine'])}",
-        fontsize=8,
-    )
-    return _save(pyplot, figure, path)
+    return _save(pyplot, video_chart.figure(pyplot, results), path)
+
+
+def draw_steps(path: Path) -> str:
+    """As `draw_roofline`: how many times faster each step of the fast path is."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return NO_MATPLOTLIB
+    results = report.read(path, "steps")
+    if not any(row["status"] == "ok" for row in results["rows"]):
+        return "left out the chart, there are no rows with times"
+    return _save(pyplot, steps_chart.figure(pyplot, results), path)
 
 
 NO_MATPLOTLIB = "left out the chart, matplotlib is not installed"
@@ -298,7 +266,12 @@ def _save(pyplot, figure, path: Path) -> str:
     return f"wrote {target}"
 
 
-DRAW = {"kernels": draw_roofline, "throughput": draw_throughput, "projector": draw_projector}
+DRAW = {
+    "kernels": draw_roofline,
+    "throughput": draw_throughput,
+    "projector": draw_projector,
+    "steps": draw_steps,
+}
 
 if __name__ == "__main__":
     print(DRAW[Path(sys.argv[1]).stem](Path(sys.argv[1])))

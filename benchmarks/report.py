@@ -19,8 +19,6 @@ ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE = "original", "compile(original)
 PEERS = (ORIGINAL, COMPILED_ORIGINAL, COMPILED_REFERENCE)
 REORDERED, COMPILED_REORDERED = "reordered", "compile(reordered)"
 PROJECTOR_PEERS = (ORIGINAL, COMPILED_ORIGINAL, REORDERED, COMPILED_REORDERED)
-PPLLAVA, PEER, PEER_TUNED = "PPLLaVA", "LLaVA-NeXT-Video", "LLaVA-NeXT-Video, our settings"
-VIDEO_PEERS = (PEER, PEER_TUNED)
 
 
 class Outcome:
@@ -139,65 +137,6 @@ def set_memory(rows: Iterable[ProjectorRow]) -> None:
         row.memory_percent = 100 * row.extra_bytes / known[ORIGINAL].extra_bytes
 
 
-Spread = dict[str, float]  # p20, p50, p80
-
-
-@dataclass
-class VideoRow(Outcome):
-    """One model on videos of so many frames. Times in milliseconds; without those of `generate` unless status is ok."""
-
-    frames: int
-    variant: str  # PPLLAVA or one of VIDEO_PEERS
-    visual_tokens: int  # of one video, as `text_tokens` and `flops`
-    text_tokens: int
-    flops: dict[str, int]  # of the matrix products up to the first token, by part
-    weight_bytes: int
-    status: str = "ok"  # or "wrong", "failed", "does not fit", "left out"
-    reason: str | None = None
-    decode_ms: Spread | None = None  # one video, read from its file; the same for all models
-    preprocess_ms: Spread | None = None  # one video, resized and normalised, on the device
-    vision_ms: Spread | None = None  # the batch, frames to visual tokens: tower, guide, projector; part of the next
-    first_token_ms: Spread | None = None  # the batch, frames to first token
-    token_ms: Spread | None = None  # each further token of the batch
-    generate_ms: Spread | None = None  # the batch, frames to last token
-    samples: int = 0
-    videos_s: float | None = None
-    videos_s_file: float | None = None  # decoding and preprocessing included, one after the other
-    peak_bytes: int | None = None  # weights and what PyTorch holds beyond them during `generate`
-    ratios: dict[str, dict[str, float]] = field(default_factory=dict)  # peer -> how many times better than it
-    error: float | None = None
-    limit: float | None = None
-
-    def set_rates(self, batch: int) -> None:
-        seconds = self.generate_ms["p50"] / 1e3
-        file = batch * (self.decode_ms["p50"] + self.preprocess_ms["p50"]) / 1e3
-        self.videos_s, self.videos_s_file = batch / seconds, batch / (seconds + file)
-
-    def line(self) -> str:
-        head = f"{self.frames} frames, {self.variant}, {self.visual_tokens:,} visual tokens:"
-        if self.status != "ok":
-            return f"{head} {self.status}, {self.reason}"
-        return f"{head} first token {show(self.first_token_ms['p50'])} ms, {self.videos_s:.3g} videos/s"
-
-
-def set_video_ratios(rows: Iterable[VideoRow]) -> None:
-    """Ratios of PPLLaVA among the rows of one number of frames; `flops` needs no times."""
-    found = {row.variant: row for row in rows}
-    ours = found[PPLLAVA]
-    for name in VIDEO_PEERS:
-        if name not in found:
-            continue
-        peer = found[name]
-        ours.ratios[name] = {"flops": sum(peer.flops.values()) / sum(ours.flops.values())}
-        if ours.status == peer.status == "ok":
-            ours.ratios[name] |= {
-                "first_token": peer.first_token_ms["p50"] / ours.first_token_ms["p50"],
-                "videos_s": ours.videos_s / peer.videos_s,
-                "videos_s_file": ours.videos_s_file / peer.videos_s_file,
-                "peak_bytes": peer.peak_bytes / ours.peak_bytes,
-            }
-
-
 def _short(value: object) -> object:
     """Floats with five digits; nobody measures more."""
     if isinstance(value, float):
@@ -214,9 +153,11 @@ def show(number: float | None) -> str:
     return f"{number:.1f}" if number < 9.95 else f"{number:,.0f}"
 
 
-def write(path: Path, kind: str, machine: dict, protocol: dict, rows: Sequence[dict]) -> Path:
+def write(
+    path: Path, kind: str, machine: dict, protocol: dict, rows: Sequence[dict], sections: dict | None = None
+) -> Path:
     """One JSON file of results; every row on a line of its own, so that a diff shows what moved."""
-    head = {"kind": kind, "machine": machine, "protocol": protocol}
+    head = {"kind": kind, "machine": machine, "protocol": protocol, **(sections or {})}
     lines = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head, indent=1, allow_nan=False)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
@@ -262,7 +203,7 @@ def busy(machine: dict) -> str | None:
     return f"Others used {busy} of the {cores} cores right before the run: no ratio here is reliable."
 
 
-def finish(rows: Sequence[Row | VideoRow], table: Table, lines: Sequence[str | None], machine: dict) -> int:
+def finish(rows: Sequence[Outcome], table: Table, lines: Sequence[str | None], machine: dict) -> int:
     """Print the table, then `lines`, then what the reader must not miss; the exit code of the command."""
     out = console()
     out.print(table)
@@ -333,40 +274,3 @@ def projector_table(rows: Sequence[ProjectorRow], machine: dict) -> Table:
         last = following is None or following.case != row.case
         table.add_row(*row.case[1:], name, time, ", ".join(map(show, counts)), *numbers, end_section=last)
     return table
-
-
-def throughput_table(rows: Sequence[VideoRow], machine: dict) -> Table:
-    from rich.table import Table
-
-    table = Table(title=machine_line(machine), title_justify="left")
-    table.add_column("frames", justify="right")
-    table.add_column("model", no_wrap=True)
-    names = ("decode", "preprocess", "vision", "first token", "p20-p80", "per token")
-    for name in ("visual tokens", *(f"{name} ms" for name in names), "videos/s", "from file", "peak MB"):
-        table.add_column(name, justify="right")
-    for name in ("first token", "videos/s", "from file", "FLOPs"):
-        table.add_column(f"x {name}", justify="right")
-    for row, following in zip(rows, [*rows[1:], None]):
-        numbers = [_p50(row.decode_ms), _p50(row.preprocess_ms), f"[red]{row.status}[/red]", *["-"] * 6]
-        if row.status == "ok":
-            first = row.first_token_ms
-            numbers[2:] = [
-                _p50(row.vision_ms),
-                _p50(first),
-                f"{show(first['p20'])}-{show(first['p80'])}",
-                _p50(row.token_ms),
-                f"{row.videos_s:.3g}",
-                f"{row.videos_s_file:.3g}",
-                show(row.peak_bytes / 1e6),
-            ]
-        ratios = [
-            " / ".join(show(ratio.get(key)) for ratio in row.ratios.values())
-            for key in ("first_token", "videos_s", "videos_s_file", "flops")
-        ]
-        last = following is None or following.frames != row.frames
-        table.add_row(str(row.frames), row.variant, f"{row.visual_tokens:,}", *numbers, *ratios, end_section=last)
-    return table
-
-
-def _p50(spread: Spread | None) -> str:
-    return show(spread and spread["p50"])

@@ -28,9 +28,8 @@ import ppllava
 from ppllava import presets
 from ppllava.video import read_video
 
-from . import report, timing
+from . import chart, report, timing
 from .machine import machine_info, results_folder
-from .steps_chart import draw_steps
 from .steps_report import StepRow, steps_table
 from .throughput import DTYPES
 from .video_models import CLIP_FPS, encode_clip
@@ -241,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.write(path, "steps", machine, protocol, [row.as_dict() for row in rows])
 
     rows = measure(args, save)
-    return report.finish(rows, steps_table(rows, machine), [f"wrote {path}", draw_steps(path)], machine)
+    return report.finish(rows, steps_table(rows, machine), [f"wrote {path}", chart.draw_steps(path)], machine)
 
 
 if __name__ == "__main__":

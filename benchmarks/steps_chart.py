@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from . import chart, report
+from . import report
 
 KEPT, LEFT_OUT = "#1b7837", "#bababa"
 
 
-def draw_steps(path: Path) -> str:
-    """As `chart.draw_roofline`: a bar for each step, all steps above it that are kept included."""
-    pyplot = chart._pyplot()
-    if pyplot is None:
-        return chart.NO_MATPLOTLIB
-    results = report.read(path, "steps")
+def figure(pyplot, results: dict):
+    """A bar for each step, all steps above it that are kept included; for a result with at least one that has times."""
     rows = [row for row in results["rows"] if row["status"] == "ok"]
-    if not rows:
-        return "left out the chart, there are no rows with times"
-    figure, axis = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
+    picture, axis = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
     whole = 1.0
     for place, row in enumerate(rows):
         reached = whole * row["ratio"]
@@ -33,12 +25,12 @@ def draw_steps(path: Path) -> str:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("times faster than without any of them (longer is better)", loc="left", fontsize=10)
     setup = results["protocol"]
-    figure.supxlabel(
+    picture.supxlabel(
         f"{setup['preset']}, {setup['dtype']}, {setup['frames']} frames, {setup['new_tokens']} new tokens. "
         f"{report.machine_line(results['machine'])}",
         fontsize=8,
     )
-    return chart._save(pyplot, figure, path)
+    return picture
 
 
-__all__ = ["draw_steps"]
+__all__ = ["figure"]

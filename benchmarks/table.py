@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import chart, report, shapes
-from .report import COMPILED_REFERENCE, ORIGINAL, PEER, PEERS, PPLLAVA, PROJECTOR_PEERS, VIDEO_PEERS, show
+from . import chart, fp8, report, shapes, steps_report, video_table
+from .report import COMPILED_REFERENCE, ORIGINAL, PEERS, PROJECTOR_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- begin: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
@@ -34,7 +34,6 @@ SHOWN = {
     ),
     "dtype": ("bf16", "fp32"),
 }
-RATIOS = ("first_token", "videos_s", "flops")
 CPU_PERCENTS = (
     "% of a copy, % of a read: bytes per second against those of a large copy, and of `sum()` over the inputs of the "
     "op, in the same run. More than 100 % of a copy: most bytes are read, and a CPU reads faster than it copies."
@@ -68,6 +67,14 @@ def roofline_block(results: Path, folder: Path) -> str:
 
 def throughput_block(results: Path, folder: Path) -> str:
     return device_tables(results, folder, "throughput", throughput_device)
+
+
+def throughput_rows_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "throughput", throughput_rows_device)
+
+
+def steps_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "steps", steps_device)
 
 
 def projector_block(results: Path, folder: Path) -> str:
@@ -170,38 +177,22 @@ def projector_device(result: dict) -> str:
 
 
 def throughput_device(result: dict) -> str:
-    machine, setup = result["machine"], result["protocol"]
-    cuda = machine["type"] == "cuda"
-    clips: dict[int, dict[str, dict]] = {}
-    for row in result["rows"]:
-        clips.setdefault(row["frames"], {})[row["variant"]] = row
-    peers = [name for name in VIDEO_PEERS if any(name in rows for rows in clips.values())]
-    absolute = ["first token ms", "ms per token", "videos/s"] if cuda else []
-    head = ["frames", "visual tokens", *absolute, *(f"x {what}" for what in ("first token", "videos/s", "FLOPs"))]
-    lines = [head, ["---:"] * len(head)]
-    troubles = []
-    for frames, rows in clips.items():
-        ours = rows[PPLLAVA]
-        models = [ours, *(rows[name] for name in peers)]
-        ratios = [[ours["ratios"].get(name, {}).get(key) for name in peers] for key in RATIOS]
-        cells = [f"{ours['visual_tokens']:,} / {rows[PEER]['visual_tokens']:,}"]
-        if cuda:
-            cells += [_each([_median(row, key) for row in models]) for key in ("first_token_ms", "token_ms")]
-            cells.append(" / ".join("-" if row["videos_s"] is None else f"{row['videos_s']:.3g}" for row in models))
-        lines.append([str(frames), *cells, *map(_each, ratios)])
-        bad = [row for row in models if row["status"] != "ok"]
-        troubles += [f"{frames} frames, {row['variant']}: {row['status']} ({row['reason']})." for row in bad]
-    order = " / ".join([PPLLAVA, *peers])
-    note = [
-        f"x: how many times better than {' / than '.join(peers)}; below 1 is worse. FLOPs: theirs over ours up to the "
-        "first token, what arithmetic alone would make of that ratio.",
-        *([f"Times and videos/s: {order}."] if cuda else []),
-        f"Sizes of `{setup['preset']}` with random weights, {setup['dtype']}, batch {setup['batch']}, "
-        f"{setup['new_tokens']} new tokens; frames of one H.264 file for all, timed in turns.",
-        *troubles,
-    ]
-    note += [warning] if (warning := report.busy(machine)) else []
-    return _device(machine, lines, note)
+    return _video_device(result, video_table.short)
+
+
+def steps_device(result: dict) -> str:
+    return _device(result["machine"], *steps_report.steps_markdown(result))
+
+
+def throughput_rows_device(result: dict) -> str:
+    return _video_device(result, video_table.full)
+
+
+def _video_device(result: dict, lines: Callable[[dict], tuple[list[list[str]], list[str]]]) -> str:
+    if "longest" not in result:
+        command = "python -m benchmarks.throughput"
+        return f"**{result['machine']['device']}**: measured by an older version of `{command}`; run it again."
+    return _device(result["machine"], *lines(result))
 
 
 def _device(machine: dict, lines: Sequence[Sequence[str]], note: Sequence[str]) -> str:
@@ -247,14 +238,6 @@ def _case_lines(
     return [[*head, *columns], ["---"] * len(head) + ["---:"] * len(columns), *body]
 
 
-def _each(numbers: Sequence[float | None]) -> str:
-    return " / ".join(map(show, numbers))
-
-
-def _median(row: dict, key: str) -> float | None:
-    return row[key] and row[key]["p50"]
-
-
 def _pair(both: dict[str, dict], number: Callable[[dict], float | None], directions: Sequence[str]) -> str:
     """Both directions in one cell; a variant without times says why instead."""
     cells = []
@@ -272,6 +255,9 @@ def _code(peer: str) -> str:
 BLOCKS: dict[str, Callable[[Path, Path], str]] = {
     "kernels": kernels_block,
     "throughput": throughput_block,
+    "throughput-rows": throughput_rows_block,
+    "steps": steps_block,
+    "fp8": fp8.fp8_block,
     "roofline": roofline_block,
     "projector": projector_block,
     "bytes": bytes_block,

@@ -1,69 +1,98 @@
-"""What the end-to-end benchmark compares: both models on the frames of one clip, their FLOPs, the gate, the clock."""
+"""What the end-to-end benchmark compares: four variants of two models on the frames of one clip, and their FLOPs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaNextVideoConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LlavaNextVideoConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import ppllava_kernels
 from ppllava import PPLlavaConfig, PPLlavaProcessor, presets
-from ppllava.video import VideoClip
-from ppllava_kernels import modules
+from ppllava.encoding import EncodedVideo, Frames, encode_frames
+from ppllava.sampling import sample_frames
+from ppllava.video import open_video
 
-from . import gate
-from .report import PEER, PEER_TUNED, PPLLAVA
+from .video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA
 
 PROMPT = "USER: <video>\nWhat happens in this video, and in which order? ASSISTANT:"
 # What `generate` is told beyond transformers' defaults, for each device. On a GPU transformers compiles the decoding
 # step where the cache is static; on a CPU it does not, and a static cache only makes every step attend to all of it.
 SETTINGS: dict[str, dict[str, Any]] = {"cuda": {"cache_implementation": "static"}, "cpu": {}}
 CLIP_SIZE, CLIP_FPS, CLIP_FRAMES = (640, 360), 30, 120
-GATE_CHANNELS = 64  # of the tokens; all patches and their whole embeddings are compared
-# The last axes of the op's tensors: V channels of the features, C of the text, H of the hidden layer, D of the tokens.
-GATE_AXES = {
-    "features": "V",
-    "text_embeds": "C",
-    "norm_weight": "V",
-    "norm_bias": "V",
-    "guide_weight": "CV",
-    "linear_1_weight": "HV",
-    "linear_1_bias": "H",
-    "linear_2_weight": "DH",
-    "linear_2_bias": "D",
-}
-GATE_SUMMED = {"V": "features", "C": "text_embeds", "H": "linear_2_weight"}  # summed over, and so in any order
-# A model's relevance may hang on a few patches, and then its error on the rounding of their logits: the reference
-# itself was off by 7.6e-7 in one order of the channels and by 4.1e-6 in another (tiny, 4 frames), so few say little.
-GATE_ORDERS = 16
+PERIOD = 300  # a longer clip repeats so many frames, which saves most of its encoding
+PIXELS = 256  # more frames than that go to PPLLaVA in chunks, and repeat the first KEPT
+KEPT = 64
 
 
-@dataclass
-class Job:
-    """One row of one number of frames: a model and its inputs, without what made them."""
+class Entrant(NamedTuple):
+    """A variant: which model, what `generate` is told, and what is changed in the model while it runs."""
 
-    name: str
-    model: PreTrainedModel
-    settings: dict[str, Any]  # of `generate`
-    inputs: dict[str, Tensor] = field(repr=False)
-    visual_tokens: int  # of one video
-    text_tokens: int
-    flops: dict[str, int]  # of one video
+    model: str
+    settings: dict[str, Any]
+    change: Callable[[], AbstractContextManager]
+
+
+def build_models(
+    preset: str, dtype: torch.dtype, device: str, tokens: int
+) -> tuple[dict[str, PreTrainedModel], PPLlavaProcessor]:
+    """(both models, processor), at most `tokens` visual tokens from PPLLaVA. Random weights, made on the device, the
+    same sizes of vision tower and language model."""
+    model, processor = presets.build(preset, dtype=dtype, device=device)
+    model.config.pooling_max_tokens = processor.pooling_max_tokens = tokens
+    return {PPLLAVA: model, PEER: presets.build_peer(preset, dtype=dtype, device=device)}, processor
+
+
+def entrants(models: dict[str, PreTrainedModel], device: str) -> dict[str, Entrant]:
+    """PPLLaVA with the ops and in plain PyTorch, the peer as it comes and with all settings of ours."""
+    settings, ours = SETTINGS[torch.device(device).type], models[PPLLAVA].model
+    chunk = ours.vision_chunk_frames(torch.device(device))
+    return {
+        PPLLAVA: Entrant(PPLLAVA, settings, nullcontext),
+        PEER: Entrant(PEER, {}, nullcontext),
+        PEER_TUNED: Entrant(PEER, settings, lambda: vision_in_chunks(models[PEER], chunk)),
+        OPS_OFF: Entrant(
+            PPLLAVA, settings, lambda: mock.patch.object(ours.multi_modal_projector, "backend", "reference")
+        ),
+    }
+
+
+@contextmanager
+def vision_in_chunks(peer: PreTrainedModel, chunk: int) -> Iterator[None]:
+    """Let the peer's vision tower see so many frames at a time; of the hidden states it keeps what the peer reads."""
+    tower, layer = peer.model.vision_tower, peer.config.vision_feature_layer
+    whole = tower.forward
+
+    def forward(pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        last, read = [], []
+        for part in pixel_values.split(chunk):
+            output = whole(part, **kwargs)
+            last.append(output.last_hidden_state)
+            read.append(output.hidden_states[layer])
+            states = len(output.hidden_states)
+            del output
+        hidden: list[Tensor | None] = [None] * states
+        hidden[layer] = torch.cat(read)  # [F, 1 + H * W, V]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(last), hidden_states=tuple(hidden))
+
+    with mock.patch.object(tower, "forward", forward):
+        yield
 
 
 def encode_clip(path: Path, frames: int) -> Path:
-    """Write an H.264 clip: a texture that drifts, and a square of another one that drifts against it."""
+    """Write an H.264 clip: a texture that drifts, and a square of another one that drifts against it. One
+    longer than PERIOD has as many whole ones as `frames` need."""
     width, height = CLIP_SIZE
     noise = np.random.default_rng(0).integers(0, 256, (2, height // 8, width // 8, 3), dtype=np.uint8)
     ground, square = noise.repeat(8, axis=1).repeat(8, axis=2)  # [H, W, 3]
@@ -71,61 +100,162 @@ def encode_clip(path: Path, frames: int) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=CLIP_FPS, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for i in range(frames):
+        packets = []
+        count = min(frames, PERIOD)
+        for i in range(count):
             image = np.roll(ground, (i, 2 * i), axis=(0, 1))
             left = (5 * i) % (width - edge)
             image[edge : 2 * edge, left : left + edge] = square[:edge, :edge]
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, CLIP_FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        copies = [(bytes(x), x.pts, x.dts, x.time_base, x.is_keyframe) for x in packets]
+        for start in range(0, frames, count):
+            for data, pts, dts, base, keyframe in copies:
+                packet, shift = av.Packet(data), round(start / CLIP_FPS / base)
+                packet.stream, packet.time_base, packet.is_keyframe = stream, base, keyframe
+                packet.pts, packet.dts = pts + shift, dts + shift
+                container.mux(packet)
     return path
 
 
-def build_models(preset: str, dtype: torch.dtype, device: str) -> tuple[dict[str, PreTrainedModel], PPLlavaProcessor]:
-    """(both models, processor). Random weights, the same sizes of vision tower and language model."""
-    model, processor = presets.build(preset, dtype=dtype, device=device)
-    return {PPLLAVA: model, PEER: presets.build_peer(preset, dtype=dtype, device=device)}, processor
+@dataclass
+class Footage:
+    """A video of so many frames, decoded once for all variants: frame i of it is `frames[i % K]`.
+
+    frames  uint8 [K, 3, S, S], resized
+    """
+
+    count: int
+    frames: Tensor = field(repr=False)
+    decode: list[float]  # seconds
+    preprocess: list[float]
+
+    def part(self, start: int, end: int) -> Tensor:
+        """uint8 [end - start, 3, S, S]; no copy where it can be avoided, since threads that copy disturb the tower."""
+        first = start % len(self.frames)
+        if first + end - start <= len(self.frames):
+            return self.frames[first : first + end - start]
+        return self.frames[torch.arange(start, end) % len(self.frames)]
 
 
-def entrants(device: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Row -> (model, settings of `generate`). The peer as it comes, and with all settings of ours if there are any."""
-    settings = SETTINGS[torch.device(device).type]
-    tuned = {PEER_TUNED: (PEER, settings)} if settings else {}
-    return {PPLLAVA: (PPLLAVA, settings), PEER: (PEER, {}), **tuned}
+def read_footage(
+    path: Path, count: int, processor: PPLlavaProcessor, device: str, dtype: torch.dtype, repeats: int
+) -> Footage:
+    """Decode `count` frames of the start of a clip; the first time only warms up, and a long one is decoded once."""
+    decode, preprocess = [], []
+    for n in range(1 if count > PIXELS else 1 + repeats):
+        start, kept = time.perf_counter(), []
+        with open_video(path) as reader:
+            end = (max(count, CLIP_FRAMES) - 1) / CLIP_FPS
+            for _, image in reader.stream_frames(sample_frames(reader.timestamps, num_frames=count, end=end)):
+                if len(kept) < (KEPT if count > PIXELS else count):
+                    kept.append(np.array(image))
+        decoded = time.perf_counter()
+        frames = processor.resize(torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2))  # [K, 3, S, S]
+        on_device = processor.normalize(frames).to(device=device, dtype=dtype)
+        if on_device.is_cuda:
+            torch.cuda.synchronize(device)
+        if n or count > PIXELS:
+            decode.append(decoded - start)
+            preprocess.append((time.perf_counter() - decoded) * count / len(kept))
+        del on_device
+    return Footage(count, frames, decode, preprocess)
 
 
-def prepare(processor: PPLlavaProcessor, clip: VideoClip, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Frames and prompt of one video on the device, in the dtype of the model."""
-    return dict(processor(text=PROMPT, videos=clip).to(device=device, dtype=dtype))
+class Videos:
+    """The same video several times, as inputs of both models."""
+
+    def __init__(self, footage: Footage, batch: int, processor: PPLlavaProcessor, device: str, dtype: torch.dtype):
+        self.footage, self.batch, self.processor, self.device, self.dtype = footage, batch, processor, device, dtype
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """[B * T, 3, S, S]"""
+        footage = self.footage
+        frames = self.processor.normalize(footage.frames).to(device=self.device, dtype=self.dtype)  # [K, 3, S, S]
+        places = torch.arange(footage.count) % len(frames)  # [T]
+        return frames[places.repeat(self.batch).to(self.device)]
+
+    def ask(self, videos: list[EncodedVideo]) -> dict[str, Tensor]:
+        return dict(self.processor(text=[PROMPT] * len(videos), videos=videos).to(self.device))
+
+    @cached_property
+    def prompts(self) -> dict[str, Tensor]:
+        """What the processor makes of the prompts, which depends on the number of frames alone."""
+        inputs = self.ask([EncodedVideo(torch.empty(self.footage.count, 0))] * self.batch)
+        return {name: x for name, x in inputs.items() if name != "video_features"}
+
+    def stream(self, model: PreTrainedModel) -> list[EncodedVideo]:
+        """Each video through PPLLaVA's tower, in chunks."""
+        size, count = model.model.vision_chunk_frames(model.device), self.footage.count
+        bounds = [(start, min(start + size, count)) for start in range(0, count, size)]
+
+        def chunks() -> Iterator[tuple[list[list[int]], Tensor]]:
+            for start, end in bounds:
+                yield [[i] for i in range(start, end)], self.footage.part(start, end)
+
+        return [encode_frames(model, self.processor, Frames(chunks(), count)) for _ in range(self.batch)]
 
 
-def make_jobs(models: dict[str, PreTrainedModel], one: dict[str, Tensor], batch: int, device: str) -> list[Job]:
-    """A job for each row; `one` is the result of `prepare`, and each model gets `batch` times these frames."""
-    config, peer = models[PPLLAVA].config, models[PEER].config
-    frames = int(one["video_frames"])
-    ours = pooled_tokens(config, frames)
-    theirs = peer_tokens(peer, frames)
-    text = one["input_ids"].shape[1] - ours
-    inputs = {name: x.repeat(batch, *[1] * (x.dim() - 1)) for name, x in one.items()}
-    ids = with_placeholders(inputs["input_ids"], config.video_token_id, theirs)
-    of_model = {
-        PPLLAVA: (inputs, ours, presets.flops(config, frames, text, one["guide_input_ids"].shape[1])),
-        PEER: (
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "pixel_values_videos": inputs["pixel_values_videos"].unflatten(0, (batch, frames)),
-            },
-            theirs,
-            peer_flops(config, peer, frames, text),
-        ),
-    }
-    return [
-        Job(name, models[model], settings, given, visual, text, flops)
-        for name, (model, settings) in entrants(device).items()
-        for given, visual, flops in [of_model[model]]
-    ]
+@dataclass
+class Job:
+    """What makes one row: a variant on a batch of videos."""
+
+    variant: str
+    model: PreTrainedModel
+    entrant: Entrant
+    videos: Videos = field(repr=False)
+    visual_tokens: int  # of one video, as the next two
+    text_tokens: int
+    flops: dict[str, int]
+
+    @property
+    def ours(self) -> bool:
+        return self.entrant.model == PPLLAVA
+
+    @property
+    def streamed(self) -> bool:
+        return self.ours and self.videos.footage.count > PIXELS
+
+    @property
+    def length(self) -> int:
+        """Of the prompt."""
+        return self.visual_tokens + self.text_tokens
+
+    @property
+    def past_context(self) -> bool:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        return limit is not None and self.length > limit
+
+    def load(self) -> dict[str, Tensor]:
+        """Inputs of `generate` but those that are streamed; a large tensor is made here, once for all variants."""
+        if self.streamed:
+            return {}
+        if self.ours:
+            return {**self.videos.prompts, "pixel_values_videos": self.videos.pixels}
+        ids = with_placeholders(
+            self.videos.prompts["input_ids"], self.model.config.video_token_id, self.visual_tokens
+        )  # [B, S]
+        pixels = self.videos.pixels.unflatten(0, (self.videos.batch, -1))  # [B, T, 3, S, S]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
+
+
+def make_job(models: dict[str, PreTrainedModel], variant: str, entrant: Entrant, videos: Videos) -> Job:
+    """A job for a variant; nothing large is made before it is asked for."""
+    config, peer, frames = models[PPLLAVA].config, models[PEER].config, videos.footage.count
+    ours = config.visual_pooling.video_tokens(frames)
+    text = videos.prompts["input_ids"].shape[1] - ours
+    guide = videos.prompts["guide_input_ids"].shape[1]
+    visual, flops = {
+        PPLLAVA: lambda: (ours, presets.flops(config, frames, text, guide)),
+        PEER: lambda: (peer_tokens(peer, frames), peer_flops(config, peer, frames, text)),
+    }[entrant.model]()
+    if variant == OPS_OFF:  # the original has the second layer on all patches
+        patches, width = frames * config.patch_grid[0] * config.patch_grid[1], config.text_config.hidden_size
+        flops = {**flops, "projector": flops["projector"] + 2 * (patches - ours) * width**2}
+    return Job(variant, models[entrant.model], entrant, videos, visual, text, flops)
 
 
 def with_placeholders(input_ids: Tensor, token: int, count: int) -> Tensor:
@@ -133,10 +263,6 @@ def with_placeholders(input_ids: Tensor, token: int, count: int) -> Tensor:
     place = int((input_ids[0] == token).nonzero()[0])
     text = input_ids[input_ids != token].view(len(input_ids), -1)  # [B, text]
     return torch.cat([text[:, :place], text.new_full((len(text), count), token), text[:, place:]], dim=1)
-
-
-def pooled_tokens(config: PPLlavaConfig, frames: int) -> int:
-    return config.visual_pooling.video_tokens(frames)
 
 
 def peer_tokens(peer: LlavaNextVideoConfig, frames: int) -> int:
@@ -149,118 +275,9 @@ def peer_flops(config: PPLlavaConfig, peer: LlavaNextVideoConfig, frames: int, t
     vision, width = peer.vision_config, peer.text_config.hidden_size
     tokens = peer_tokens(peer, frames)
     whole = PPLlavaConfig.from_dict({**config.to_dict(), "vision_feature_layer": -1})
-    like = presets.flops(whole, frames, text_tokens + tokens - pooled_tokens(config, frames))
+    like = presets.flops(whole, frames, text_tokens + tokens - config.visual_pooling.video_tokens(frames))
     return {
         "vision_tower": like["vision_tower"],
         "projector": 2 * tokens * (vision.hidden_size + width) * width,
         "language_model": like["language_model"],
     }
-
-
-def check_op(job: Job) -> gate.Verdict:
-    """Run PPLLaVA's op inside the model, and the reference on the same tensors in float64, by the rule of gate.py."""
-    calls = []
-    op = modules.prompt_guided_project
-
-    def record(features: Tensor, text_embeds: Tensor, **options: Any):
-        options |= {"features": features, "text_embeds": text_embeds}
-        calls.append((options, op(**options)))
-        return calls[-1][-1]
-
-    names = ("pixel_values_videos", "video_frames", "guide_input_ids", "guide_attention_mask")
-    with torch.no_grad(), mock.patch.object(modules, "prompt_guided_project", record):
-        job.model.get_video_features(**{name: job.inputs[name] for name in names})
-    [(given, (pooled, relevance))] = calls
-    device = pooled.device
-    channels = torch.linspace(0, pooled.shape[-1] - 1, GATE_CHANNELS, device=device).long().unique()
-    actual = (pooled[..., channels], relevance)
-    tensors = {name: given[name] for name in GATE_AXES if given[name] is not None}
-    tensors |= {name: tensors[name][channels] for name in ("linear_2_weight", "linear_2_bias") if name in tensors}
-    sizes = {axis: tensors[name].shape[-1] for axis, name in GATE_SUMMED.items()}
-
-    @torch.no_grad()
-    def reference(changed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return ppllava_kernels.prompt_guided_project(**{**given, **changed, "backend": "reference"})
-
-    def reordered(seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        orders = {axis: torch.randperm(n, generator=generator).to(device) for axis, n in sizes.items()}
-        changed = {}
-        for name, x in tensors.items():
-            for n, axis in enumerate(GATE_AXES[name], -len(GATE_AXES[name])):
-                x = x if axis == "D" else x.index_select(n, orders[axis])
-            changed[name] = x
-        return changed
-
-    exact = reference({name: x.double() for name, x in tensors.items()})
-    moved = ({name: gate.nudged(x, seed) for name, x in tensors.items()} for seed in range(gate.RUNS))
-    others = chain(moved, map(reordered, range(GATE_ORDERS)))
-    errors = [gate.relative_errors(reference(each), exact) for each in others]
-    unavoidable = [max(each) for each in zip(*errors)]
-    return gate.judge(gate.relative_errors(actual, exact), unavoidable, [x.dtype for x in actual])
-
-
-@dataclass
-class Sample:
-    """Seconds of one `generate`, and what came out of it."""
-
-    vision: float = 0.0
-    first_token: float = 0.0
-    token: float | None = None
-    generate: float = 0.0
-    visual_tokens: int = 0
-    output: Any = field(default=None, repr=False)
-
-
-class TokenTimes(StoppingCriteria):
-    """Never stops; notes when each token is there."""
-
-    def __init__(self, now: Callable[[], float]):
-        self.now, self.times = now, []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.times.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def vision_times(job: Job, now: Callable[[], float], sample: Sample) -> Iterator[None]:
-    """Note the seconds from the first frame into the tower to the last visual token out of the projector."""
-    starts: list[float] = []
-
-    def end(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        tokens = output[0] if isinstance(output, tuple) else [output]  # one [.., D] per clip
-        sample.visual_tokens += sum(rows.shape[:-1].numel() for rows in tokens)
-        sample.vision = now() - starts[0]
-
-    inner = job.model.model
-    hooks = [
-        inner.vision_tower.register_forward_pre_hook(lambda module, inputs: starts.append(now())),
-        inner.multi_modal_projector.register_forward_hook(end),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def generate(job: Job, new_tokens: int, now: Callable[[], float], **kwargs: Any) -> Sample:
-    """One greedy `generate` of exactly `new_tokens`; vision, prefill and decoding are timed inside it."""
-    sample, tokens = Sample(), TokenTimes(now)
-    with vision_times(job, now, sample):
-        start = now()
-        sample.output = job.model.generate(
-            **job.inputs,
-            **job.settings,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([tokens]),
-            **kwargs,
-        )
-        sample.generate = now() - start
-    sample.first_token = tokens.times[0] - start
-    if new_tokens > 1:
-        sample.token = (tokens.times[-1] - tokens.times[0]) / (new_tokens - 1)
-    return sample

@@ -134,7 +134,7 @@ def test_each_fails_alone(made, folder):
     bad = [
         (ask(folder / "none.mp4"), "there is no such file"),
         (ask(folder / "text.mp4"), "FFmpeg finds no video in it"),
-        (ask(folder / "0.mp4", start=50.0), "is after the end of the clip"),
+        (ask(folder / "0.mp4", start=50.0), "0.mp4: start=50.0 is after the end of the clip"),
         (ask(folder / "none.png"), "there is no such image"),
         (ask(folder / "0.mp4", frames=5, fps=1.0), "frames and fps exclude each other"),
         (ask(folder / "0.mp4", colour="red"), "unknown keys colour"),

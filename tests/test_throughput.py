@@ -1,24 +1,20 @@
-"""The end-to-end benchmark: both models get the same frames, its numbers agree, and no wrong model gets a time."""
+"""The end-to-end benchmark: all variants get the same frames, and no wrong model, no lack of memory or time, a time."""
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from tiny import masked_flops
-from torch.utils.flop_counter import FlopCounterMode
 
-from ppllava import presets
 from ppllava_kernels import modules, pooled_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
-from benchmarks import report, table, throughput, video_models
-from benchmarks.report import PEER, PEER_TUNED, PPLLAVA
+from benchmarks import report, throughput, video_models, video_runs, video_sweep
+from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS
+from benchmarks.video_sweep import Pace
 
-FRAMES, BATCH, NEW_TOKENS, REPEATS = (2, 7), 2, 3, 2
+FRAMES, BATCH, NEW_TOKENS, REPEATS, TOKENS = (2, 7), 2, 3, 2, 10
+MODELS = {PPLLAVA: PPLLAVA, OPS_OFF: PPLLAVA, PEER: PEER, PEER_TUNED: PEER}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,7 +29,9 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="module")
 def short_clip():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "CLIP_FRAMES", 20)
+        patch.setattr(video_models, "CLIP_FRAMES", 20)
+        patch.setattr(video_sweep, "CLIP_FRAMES", 20)
+        patch.setattr(video_models, "PERIOD", 20)
         yield
 
 
@@ -42,16 +40,27 @@ def command(folder, *arguments):
     return throughput.main([*(word for pair in fixed.items() for word in pair), *arguments])
 
 
+def once(folder, *arguments, frames=(4,)):
+    return command(folder, "--batch", "1", "--repeats", "1", "--frames", *map(str, frames), *arguments)
+
+
 def change_models(patch, change):
     """Let the benchmark build models that `change` has touched."""
-    build = throughput.build_models
+    build = video_sweep.build_models
 
     def changed(*args):
         models, processor = build(*args)
         change(models)
         return models, processor
 
-    patch.setattr(throughput, "build_models", changed)
+    patch.setattr(video_sweep, "build_models", changed)
+
+
+def rows_of(folder):
+    result = report.read(folder / "throughput.json", "throughput")
+    return {
+        (row["frames"], row["variant"]): row for row in result["rows"] if row["batch"] == result["rows"][0]["batch"]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,97 +70,101 @@ def ran(tmp_path_factory):
 
     def watch(models):
         for name, model in models.items():
-            tower = model.model.vision_tower
-            tower.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].clone()))
+            embeddings = model.model.vision_tower.embeddings  # in both, in chunks or not
+            embeddings.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].clone()))
 
     with pytest.MonkeyPatch.context() as patch:
         change_models(patch, watch)
         arguments = ["--batch", str(BATCH), "--repeats", str(REPEATS), "--frames", *map(str, FRAMES)]
-        code = command(folder, *arguments)
+        code = command(folder, *arguments, "--tokens", str(TOKENS))
     return code, folder, seen
 
 
-def rows_of(folder):
-    result = report.read(folder / "throughput.json", "throughput")
-    return {(row["frames"], row["variant"]): row for row in result["rows"]}
-
-
-def test_the_command_writes_consistent_numbers(ran):
+def test_every_variant_has_consistent_numbers(ran):
     code, folder, _ = ran
     assert code == 0
     rows = rows_of(folder)
-    assert list(rows) == [(n, name) for n in FRAMES for name in (PPLLAVA, PEER)]
+    assert list(rows) == [(n, name) for n in FRAMES for name in VARIANTS]
     for (frames, name), row in rows.items():
         assert row["status"] == "ok", row["reason"]
-        ours = torch.Size(pooled_size((frames, 6, 6), (2, 3, 3))).numel()
-        assert row["visual_tokens"] == (ours if name == PPLLAVA else frames * 9)
-        spreads = {key: row[f"{key}_ms"] for key in ("decode", "preprocess", "vision", "first_token", "token")}
-        for spread in (*spreads.values(), row["generate_ms"]):
+        ours = min(torch.Size(pooled_size((frames, 6, 6), (2, 3, 3))).numel(), TOKENS)
+        assert row["visual_tokens"] == (ours - ours % 4 if MODELS[name] == PPLLAVA else frames * 9)
+        for key in ("decode", "preprocess", "vision", "projector", "prefill", "first_token", "token", "generate"):
+            spread = row[f"{key}_ms"]
             assert 0 < spread["p20"] <= spread["p50"] <= spread["p80"]
-        assert row["vision_ms"]["p20"] < row["first_token_ms"]["p20"] < row["generate_ms"]["p20"]
+        assert row["first_token_ms"]["p20"] < row["generate_ms"]["p20"]
         assert row["samples"] == REPEATS
         assert row["videos_s"] == pytest.approx(1e3 * BATCH / row["generate_ms"]["p50"], rel=1e-3)
         file = BATCH * (row["decode_ms"]["p50"] + row["preprocess_ms"]["p50"])
         assert row["videos_s_file"] == pytest.approx(1e3 * BATCH / (file + row["generate_ms"]["p50"]), rel=1e-3)
-        assert row["peak_bytes"] > row["weight_bytes"] > 0
+        assert row["weight_bytes"] > 0
+        if row["peak_bytes"] is not None:
+            assert row["peak_bytes"] >= row["weight_bytes"] + BATCH * frames * 3 * 42 * 42 * 4
 
 
-def test_ratios_are_those_of_the_medians(ran):
-    rows = rows_of(ran[1])
+def test_the_parts_add_up_to_the_first_token(tmp_path):
+    assert once(tmp_path) == 0  # one sample, which is its own median
+    for row in rows_of(tmp_path).values():
+        parts = sum(row[f"{key}_ms"]["p50"] for key in ("vision", "projector", "prefill"))
+        assert parts == pytest.approx(row["first_token_ms"]["p50"], rel=1e-3)
+        tokens = (NEW_TOKENS - 1) * row["token_ms"]["p50"]
+        assert parts + tokens == pytest.approx(row["generate_ms"]["p50"], rel=1e-3)
+
+
+def test_all_variants_see_the_same_frames(ran):
     for frames in FRAMES:
-        ours, theirs = rows[frames, PPLLAVA], rows[frames, PEER]
-        assert theirs["ratios"] == {}
-        assert ours["ratios"][PEER] == pytest.approx(
-            {
-                "first_token": theirs["first_token_ms"]["p50"] / ours["first_token_ms"]["p50"],
-                "videos_s": ours["videos_s"] / theirs["videos_s"],
-                "videos_s_file": ours["videos_s_file"] / theirs["videos_s_file"],
-                "peak_bytes": theirs["peak_bytes"] / ours["peak_bytes"],
-                "flops": sum(theirs["flops"].values()) / sum(ours["flops"].values()),
-            },
-            rel=1e-3,
-        )
+        first = None
+        for name, chunks in ran[2].items():
+            clips = torch.cat(chunks)  # of all calls, one after the other
+            size = BATCH * frames
+            # The two clips of a call are equal, and so are those of all models: look for one call of this length.
+            calls = [x for x in clips.unfold(0, size, 1).movedim(-1, 1) if torch.equal(x[:frames], x[frames:])]
+            calls = [x[:frames] for x in calls if (x[0] != x[1]).any()]
+            assert calls, (name, frames)
+            first = calls[-1] if first is None else first
+            assert any(torch.equal(call, first) for call in calls), (name, frames)
 
 
-def test_the_chart_shows_this_file(ran):
-    digest = hashlib.sha256((ran[1] / "throughput.json").read_bytes()).hexdigest()
-    with Image.open(ran[1] / "throughput.png") as image:
-        assert image.info["Source"].endswith(digest)
-        assert min(image.size) > 300
+def test_the_batch_is_doubled_as_long_as_it_pays(monkeypatch, tmp_path):
+    run = video_runs.generate
+    gains = {1: 1.0, 2: 1.5, 4: 1.6, 8: 1.61}
+
+    def paced(job, inputs, new_tokens, parts=True, **kwargs):
+        sample = run(job, inputs, new_tokens, parts, **kwargs)
+        batch = job.videos.batch
+        if job.variant == PEER and batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sample.generate, sample.first_token = 1e-3 * batch / gains[batch], 5e-4
+        sample.vision = sample.projector = 1e-4
+        return sample
+
+    monkeypatch.setattr(video_sweep, "generate", paced)
+    assert command(tmp_path, "--repeats", "1", "--frames", "4") == 0
+    rows = report.read(tmp_path / "throughput.json", "throughput")["rows"]
+    assert {v: [row["batch"] for row in rows if row["variant"] == v] for v in VARIANTS} == {
+        PPLLAVA: [1, 4],
+        PEER: [1, 2],
+        PEER_TUNED: [1, 4],
+        OPS_OFF: [1, 4],
+    }
+    ours, peer = (next(row for row in rows if row["variant"] == v) for v in (PPLLAVA, PEER))
+    assert (ours["searched"], ours["search"]) == (True, "batch 8 has +1 % videos/s")
+    assert peer["search"] == "batch 4: does not fit, out of memory"
+    best = ours["best"][PEER]
+    assert (best["batch"], best["peer_batch"]) == (4, 2)
+    assert best["videos_s"] == pytest.approx(1.6 / 1.5, rel=1e-3)
+    assert ours["ratios"][PEER]["videos_s"] == pytest.approx(1, rel=1e-3)
 
 
-def test_both_models_see_the_same_frames(ran):
-    seen = ran[2]
-    sizes = {name: {len(pixels) for pixels in calls} for name, calls in seen.items()}
-    assert sizes == {name: {BATCH * n for n in FRAMES} for name in seen}
-    for pixels in (*seen[PPLLAVA], *seen[PEER]):
-        first = next(x for x in seen[PPLLAVA] if len(x) == len(pixels))
-        assert torch.equal(pixels, first)
-        clips = pixels.unflatten(0, (BATCH, -1))  # [B, T, 3, S, S]
-        assert torch.equal(clips[0], clips[1])
-        assert (clips[0, 0] != clips[0, 1]).any()
-
-
-@pytest.mark.parametrize("frames", [2, 7])
-def test_flops_of_the_peer_are_what_torch_counts(frames):
-    model, processor = presets.build("tiny")
-    peer = presets.build_peer("tiny")
-    peer.set_attn_implementation("eager")
-    clip = torch.zeros(frames, 42, 42, 3, dtype=torch.uint8)
-    one = video_models.prepare(processor, clip, "cpu", torch.float32)
-    job = video_models.make_jobs({PPLLAVA: model, PEER: peer}, one, 1, "cpu")[1]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        peer(**job.inputs, logits_to_keep=1)
-    length = job.inputs["input_ids"].shape[1]
-    assert counter.get_total_flops() == sum(job.flops.values()) + masked_flops(peer.config.text_config, length)
-
-
-def test_the_peer_runs_as_it_comes_and_with_all_settings_of_ours():
-    assert list(video_models.entrants("cpu")) == [PPLLAVA, PEER]
-    gpu = video_models.entrants("cuda")
-    assert list(gpu) == [PPLLAVA, PEER, PEER_TUNED]
-    assert gpu[PEER] == (PEER, {})
-    assert gpu[PEER_TUNED] == (PEER, gpu[PPLLAVA][1])
+def test_long_rows_are_streamed_and_repeat_frames(monkeypatch, tmp_path):
+    monkeypatch.setattr(video_models, "PIXELS", 6)
+    monkeypatch.setattr(video_models, "KEPT", 4)
+    assert once(tmp_path, "--tokens", str(TOKENS), frames=(6, 9, 41)) == 0
+    rows = rows_of(tmp_path)
+    assert {key: row["status"] for key, row in rows.items() if row["status"] != "ok"} == {}
+    assert [key for key, row in rows.items() if row["streamed"]] == [
+        (n, v) for n in (9, 41) for v in (PPLLAVA, OPS_OFF)
+    ]
 
 
 # ---- what goes wrong
@@ -164,7 +177,7 @@ def test_a_wrong_op_gets_no_time(monkeypatch, tmp_path, capsys):
         return op(*args, **{**kwargs, "temperature": 1e3})
 
     monkeypatch.setattr(modules, "prompt_guided_project", uniform)
-    assert command(tmp_path, "--frames", "4", "--repeats", "1") == 1
+    assert once(tmp_path) == 1
     rows = rows_of(tmp_path)
     assert rows[4, PPLLAVA]["status"] == "wrong"
     assert "against the reference: error" in rows[4, PPLLAVA]["reason"]
@@ -176,71 +189,139 @@ def test_a_wrong_op_gets_no_time(monkeypatch, tmp_path, capsys):
 
 def test_nan_in_the_logits_gets_no_time(monkeypatch, tmp_path):
     change_models(monkeypatch, lambda models: models[PEER].lm_head.weight.data[5].fill_(torch.nan))
-    assert command(tmp_path, "--frames", "4", "--repeats", "1") == 1
+    assert once(tmp_path) == 1
     row = rows_of(tmp_path)[4, PEER]
     assert row["status"] == "wrong"
     assert f"logits: 0, expected {NEW_TOKENS}" in row["reason"]
     assert row["generate_ms"] is None
 
 
-def test_out_of_memory_is_a_result(monkeypatch, tmp_path):
-    def too_large(**kwargs):
+@pytest.mark.parametrize("where", ["pixels", "generate", "later"])
+def test_out_of_memory_is_a_result(where, monkeypatch, tmp_path):
+    calls = []
+
+    def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    change_models(monkeypatch, lambda models: setattr(models[PEER], "generate", too_large))
-    assert command(tmp_path, "--frames", "4", "--repeats", "1") == 0
+    if where == "pixels":  # more frames than PPLLaVA gets as pixels
+        monkeypatch.setattr(video_models, "PIXELS", 3)
+        monkeypatch.setattr(video_models.Videos, "pixels", property(too_large))
+    else:
+        run = video_sweep.generate
+
+        def sometimes(job, *args, **kwargs):
+            calls.append(job.variant)
+            if MODELS[job.variant] == PEER and (where == "generate" or calls.count(job.variant) > 2):
+                too_large()
+            return run(job, *args, **kwargs)
+
+        monkeypatch.setattr(video_sweep, "generate", sometimes)
+    assert once(tmp_path, "--repeats", "3") == 0
     rows = rows_of(tmp_path)
-    assert rows[4, PEER]["status"] == "does not fit"
-    assert rows[4, PPLLAVA]["status"] == "ok"
-    assert "does not fit" in table.throughput_device(report.read(tmp_path / "throughput.json", "throughput"))
+    for variant in VARIANTS:
+        expected = ("ok", None) if MODELS[variant] == PPLLAVA else ("does not fit", "out of memory")
+        assert (rows[4, variant]["status"], rows[4, variant]["reason"]) == expected
+    longest = report.read(tmp_path / "throughput.json", "throughput")["longest"]
+    assert [each["frames"] for each in longest] == [4, None, None, 4]
+
+
+def test_a_decoder_that_fails_is_a_result(monkeypatch, tmp_path):
+    def broken(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(video_sweep, "read_footage", broken)
+    assert once(tmp_path) == 0
+    assert {row["status"] for row in rows_of(tmp_path).values()} == {"does not fit"}
 
 
 def test_the_time_limit_leaves_out_rows_and_says_so(tmp_path, capsys):
-    assert command(tmp_path, "--frames", "4", "--time-limit", "1e-9") == 0
+    assert once(tmp_path, "--time-limit", "1e-9") == 0
     assert {row["status"] for row in rows_of(tmp_path).values()} == {"left out"}
     assert "--time-limit" in capsys.readouterr().out
 
 
-# ---- the block of README and docs
+def sweep(*arguments, frames=(4, 8, 16)):
+    args = throughput.parse(["--preset", "tiny", "--device", "cpu", "--frames", *map(str, frames), *arguments])
+    return args, lambda folder: video_sweep.Sweep(args, folder, lambda row: None)
 
 
-@pytest.fixture
-def project(ran, tmp_path):
-    folder = tmp_path / "benchmarks" / "results" / "cpu-test"
-    folder.mkdir(parents=True)
-    (folder / "throughput.json").write_bytes((ran[1] / "throughput.json").read_bytes())
-    (tmp_path / "README.md").write_text("above\n\n<!-- begin: throughput -->\n<!-- end: throughput -->\n\nbelow\n")
-    return tmp_path
+def test_time_is_kept_for_the_rows_of_ppllava(tmp_path):
+    """By the FLOPs of the rows to come, at its best rate so far."""
+    _, make = sweep("--batch", "1", "--time-limit", "1000")
+    some = make(tmp_path)
+
+    def job(variant, frames):
+        return some._job(variant, some._videos(video_models.Footage(frames, torch.empty(0), [], []), 1))
+
+    flops = {n: sum(job(PPLLAVA, n).flops.values()) for n in (4, 8, 16)}
+    some.paces = {PPLLAVA: Pace(300 / flops[16]), PEER: Pace(500 / flops[16])}
+    later = some.paces[PPLLAVA].flop * (flops[8] + flops[16])
+    assert some._reserved(4, PEER) == pytest.approx(video_sweep.MARGIN * later)
+    assert some._reserved(4, PPLLAVA) == some._reserved(16, PEER) == some._reserved(16, OPS_OFF) == 0
+    some.args.batch = None  # the best is searched for
+    assert some._reserved(16, OPS_OFF) == pytest.approx(1000 * video_sweep.BATCHES)
+    peer = job(PEER, 4)
+    assert some._seconds(peer, set()) == pytest.approx(500 * sum(peer.flops.values()) / flops[16])
+    assert some._too_late(peer, some._reserved(4, PEER)) is None
+    some.start -= 990 - video_sweep.MARGIN * later - some._seconds(peer, set())
+    assert some._too_late(peer, some._reserved(4, PEER)) is None
+    some.start -= 20
+    assert "--time-limit 1000 does not leave" in some._too_late(peer, some._reserved(4, PEER))
+    assert some._too_late(job(PPLLAVA, 4)) is None
+    some.paces[PEER] = some.paces[PPLLAVA] = Pace(1e-12)  # so short that nothing waits for it
+    assert some._too_late(peer, some._reserved(4, PEER)) is None
 
 
-def test_table_writes_and_checks(project):
-    readme = project / "README.md"
-    assert table.main(["--root", str(project), "--check"]) == 1
-    assert table.main(["--root", str(project)]) == 0
-    text = readme.read_text()
-    ratios = rows_of(project / "benchmarks/results/cpu-test")[7, PPLLAVA]["ratios"][PEER]
-    cells = " | ".join(report.show(ratios[key]) for key in ("first_token", "videos_s", "flops"))
-    assert f"| 7 | 12 / 63 | {cells} |" in text
-    assert "**CUDA GPU**: not measured yet." in text
-    assert table.main(["--root", str(project), "--check"]) == 0
-    readme.write_text(text.replace("| 7 | 12 / 63 |", "| 7 | 12 / 9000 |"))
-    assert table.main(["--root", str(project), "--check"]) == 1
+def test_on_a_gpu_no_timed_sample_waits_for_vision(monkeypatch, tmp_path):
+    run, waits = video_sweep.generate, []
+
+    def watched(job, inputs, new_tokens, parts=True, **kwargs):
+        waits.append((job.variant, parts))
+        return run(job, inputs, new_tokens, parts, **kwargs)
+
+    monkeypatch.setattr(video_sweep, "generate", watched)
+    _, make = sweep("--repeats", "2", "--batch", "1", "--new-tokens", "3")
+    some = make(tmp_path)
+    some.cuda = True
+    some.measure(4)
+    for variant in VARIANTS:  # the check, which compiles, and one sample for the parts; then those that are timed
+        assert [parts for name, parts in waits if name == variant] == [True, True, False, False]
+    for row in some.rows:
+        assert (row.status, row.samples) == ("ok", 2)
+        assert row.vision_ms["p20"] == row.vision_ms["p80"]
+    assert {pace.start >= 0 for pace in some.paces.values()} == {True}
+    assert len(some.compiled) == 2  # settings are equal here, and so are the lengths of two variants each
 
 
-def test_table_shows_milliseconds_of_a_gpu_and_both_rows_of_the_peer(project):
-    path = project / "benchmarks/results/cpu-test/throughput.json"
-    result = json.loads(path.read_text())
-    result["machine"] |= {"type": "cuda", "device": "NVIDIA Test"}
-    rows = [row for row in result["rows"] if row["frames"] == 7]
-    for row, ms in zip(rows, (10, 70)):
-        row["first_token_ms"]["p50"], row["token_ms"]["p50"], row["videos_s"] = ms, 3, 1.5
-    better = {"first_token": 7, "videos_s": 6, "flops": 5}
-    rows[0]["ratios"] = {PEER: better, PEER_TUNED: {"flops": 5}}
-    rows.append({**rows[1], "variant": PEER_TUNED, "status": "does not fit", "reason": "out of memory"})
-    rows[2] |= {"first_token_ms": None, "token_ms": None, "videos_s": None}
-    path.write_text(json.dumps({**result, "rows": rows}))
-    block = table.throughput_block(project / "benchmarks" / "results", project)
-    cells = "12 / 63 | 10 / 70 / - | 3.0 / 3.0 / - | 1.5 / 1.5 / - | 7.0 / - | 6.0 / - | 5.0 / 5.0"
-    assert f"| 7 | {cells} |" in block
-    assert f"7 frames, {PEER_TUNED}: does not fit (out of memory)." in block
-    assert "**CPU**: not measured yet." in block
+def test_a_row_past_its_own_limit_is_left_out(tmp_path):
+    _, make = sweep("--row-limit", "10", "--batch", "1")
+    some = make(tmp_path)
+    some.paces = {PEER: Pace(1.0)}
+    some.measure(4)
+    rows = {row.variant: row for row in some.rows}
+    assert rows[PEER].status == "left out"
+    assert rows[PEER].reason.endswith("s, --row-limit is 10")
+    assert rows[PPLLAVA].status == "ok"
+
+
+def test_the_longest_video_is_narrowed_down(monkeypatch, tmp_path):
+    run = video_sweep.generate
+
+    def small(job, *args, **kwargs):
+        if job.variant == PEER and job.videos.footage.count > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(job, *args, **kwargs)
+
+    monkeypatch.setattr(video_sweep, "generate", small)
+    monkeypatch.setattr(video_sweep, "REFINED", ("cpu",))
+    assert once(tmp_path, "--row-limit", "100", frames=(4, 16)) == 0
+    longest = {x["variant"]: x for x in report.read(tmp_path / "throughput.json", "throughput")["longest"]}
+    found = longest[PEER]
+    assert (found["frames"], found["visual_tokens"], found["next"], found["why"]) == (9, 81, 10, "does not fit")
+    assert (longest[PPLLAVA]["frames"], longest[PPLLAVA]["next"]) == (16, None)
+
+
+def test_a_preset_without_a_peer_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse(["--preset", "qwen2-7b"])
+    assert "LLaVA-NeXT-Video has no other" in capsys.readouterr().err
