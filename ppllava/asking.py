@@ -17,8 +17,8 @@ import torch
 from transformers import TextStreamer
 
 from . import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
-from .batching import MAX_NEW_TOKENS, decode_answers
 from .console import Exit, Failure, is_memory, sentence
+from .packing import MAX_NEW_TOKENS, decode_answers
 from .pooling import BUDGETED
 from .preprocessing import open_image, read_image
 from .sampling import check_count

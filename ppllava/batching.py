@@ -2,81 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .console import is_memory, sentence
-from .request import Request, RequestError
-from .sources import Loads, Opened, open_source
+from .packing import (
+    GREEDY,
+    HARMLESS,
+    LARGEST,
+    LARGEST_OF_GPU,
+    MAX_NEW_TOKENS,
+    Item,
+    Outcome,
+    Unit,
+    bytes_per_token,
+    check_options,
+    decode_answers,
+    default_memory,
+    release,
+    settle,
+    windows,
+)
+from .request import Request
+from .sources import Loads, open_source
 from .visual_features import MODALITIES, PPLlavaVisualFeatures
 
 if TYPE_CHECKING:
     from .modeling_ppllava import PPLlavaForConditionalGeneration
     from .processing_ppllava import PPLlavaProcessor
 
-MAX_NEW_TOKENS = 256
-WINDOW = 128  # requests whose files are opened, and that are packed, together
-GIB = 1 << 30
-LARGEST = {"cpu": 8}  # requests of one batch, where more of them are no faster
-LARGEST_OF_GPU = 256
-
 
 class BatchWarning(UserWarning):
     """A batch did not fit; it was halved, and so are those after it."""
-
-
-@dataclass
-class Item:
-    """A request on its way.
-
-    prompt      the rendered chat
-    length      tokens of the prompt, visual ones included
-    new_tokens  that the answer may have
-    row         int64 [length]
-    features    of the images or the video, by kind
-    """
-
-    index: int
-    request: Request
-    prompt: str = ""
-    length: int = 0
-    new_tokens: int = 0
-    row: Tensor | None = None
-    features: dict[str, PPLlavaVisualFeatures] = field(default_factory=dict)
-
-
-@dataclass
-class Unit:
-    """The requests about one source.
-
-    encoded  what the processor takes for it, or the error
-    left     requests that still need it
-    """
-
-    items: list[Item]
-    opened: Opened | None = None
-    encoded: list[Any] | Exception | None = None
-    left: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of request `index`: an answer, or the sentence why there is none."""
-
-    index: int
-    id: str | int | None
-    answer: str | None = None
-    error: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"id": self.id, **({"answer": self.answer} if self.error is None else {"error": self.error})}
 
 
 def batch(
@@ -108,10 +72,12 @@ def batch(
         memory: bytes that the key-value cache and the activations of one batch may take, and the features of one video;
             default: 80 % of what is free on a GPU, a quarter of all there is on a CPU.
         workers: threads that open and decode files; default: half of the cores, at most 8.
-        generate_options: for `generate`, for example `cache_implementation="static"`; greedy by default.
+        generate_options: for `generate`, for example `cache_implementation="static"`; greedy where they do not say how.
 
     Raises:
-        ValueError: for `memory` or `workers` below 1. What is wrong with a request is in its answer.
+        ValueError: for `memory` or `workers` below 1, options that `generate` does not know or that give no single
+            answer, and for a model and a processor that do not belong together. What is wrong with a request is in its
+            answer.
     """
     job = BatchJob(model, processor, max_new_tokens, memory, workers, generate_options)
     given = list(requests)
@@ -142,11 +108,20 @@ class BatchJob:
         for name, value in (("max_new_tokens", max_new_tokens), ("memory", memory), ("workers", workers)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}; None is the default")
+        options = dict(generate_options or {})
+        check_options(options)
+        if model.config.visual_pooling != processor.visual_pooling:
+            raise ValueError(
+                f"model and processor must pool alike, got {model.config.visual_pooling} and "
+                f"{processor.visual_pooling}; set the same fields on model.config and processor"
+            )
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
         self.workers = workers or min(8, max(1, (os.cpu_count() or 2) // 2))
         self.memory = memory or default_memory(model.device)
         self.budget = max(1, self.memory // bytes_per_token(model.config.text_config, model.dtype))  # padded tokens
-        self.options = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **(generate_options or {})}
+        self.options = {**({} if "generation_config" in options else GREEDY), **options}
+        # An answer that is cut from a longer one is its own only where tokens come one by one, the likeliest.
+        self.one_length = not options.keys() <= HARMLESS
         self._said: set[str] = set()
 
     def run(self, requests: Sequence[Any], done: Collection[int] = ()) -> Iterator[Outcome]:
@@ -155,16 +130,18 @@ class BatchJob:
         items: list[Item] = []
         for index, given in enumerate(requests):
             try:
-                items.append(Item(index, given if isinstance(given, Request) else Request.of(given)))
-            except RequestError as error:
+                request = given if isinstance(given, Request) else Request.of(given)
+                settle(request.source)
+                items.append(Item(index, request))
+            except Exception as error:
                 if index not in done:
-                    name = given.get("id") if isinstance(given, dict) else None
-                    name = name if isinstance(name, (str, int)) else None
-                    yield Outcome(index, name, error=str(error))
+                    name = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+                    name = name if isinstance(name, (str, int)) and not isinstance(name, bool) else None
+                    yield Outcome(index, name, error=sentence(error))
         chunk = self.model.config.vision_chunk
         pool = ThreadPoolExecutor(self.workers, "ppllava-files")
         try:
-            for units in windows(items):
+            for units in windows(items, frames=self.processor.num_frames):
                 yield from self._window(pool, units, done)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -174,24 +151,26 @@ class BatchJob:
         if all(item.index in done for unit in units for item in unit.items):
             return
         sources = [unit.items[0].request.source for unit in units]
-        opening = [pool.submit(open_source, self.model, self.processor, source, self.memory) for source in sources]
-        for unit, opened in zip(units, opening):
-            yield from (outcome for outcome in self._measure(unit, opened) if outcome.index not in done)
-        batches = [some for some in self._batches(units) if not all(item.index in done for _, item in some)]
-        needed: dict[int, Unit] = {}
-        for unit, _ in (pair for some in batches for pair in some):
-            needed.setdefault(id(unit), unit).left += 1
-        loads = Loads(pool, self.workers + 1, [(key, unit.opened) for key, unit in needed.items()])
+        opening = deque(pool.submit(open_source, self.model, self.processor, x, self.memory) for x in sources)
+        for unit in units:
+            yield from (outcome for outcome in self._measure(unit, opening.popleft()) if outcome.index not in done)
+        of = {item.index: unit for unit in units for item in unit.items}
+        batches = list(self._batches([item for unit in units for item in unit.items]))
+        batches = [some for some in batches if not all(item.index in done for item in some)]
+        wanted = {item.index for some in batches for item in some}
+        for unit in units:
+            unit.items = [item for item in unit.items if item.index in wanted]
+        order = {id(of[item.index]): of[item.index] for some in batches for item in some}  # by first need
+        loads = Loads(pool, self.workers + 1, [(key, unit.opened) for key, unit in order.items()])
+        failed: dict[int, Outcome] = {}
         for some in batches:
-            outcomes, encoded = [], []
-            for unit, item in some:
-                failed = self._encode(unit, item, loads)
-                if failed is None:
-                    encoded.append(item)
-                else:
-                    outcomes.append(failed)
-            outcomes += self._answer(encoded)
-            for item in encoded:
+            for unit in (of[item.index] for item in some):
+                if unit.opened is not None:
+                    failed.update((outcome.index, outcome) for outcome in self._encode(unit, loads))
+            outcomes = [failed.pop(item.index) for item in some if item.index in failed]
+            ready = [item for item in some if item.row is not None]
+            outcomes += self._answer(ready)
+            for item in ready:
                 item.row, item.features = None, {}  # the tokens of thousands of videos would fill the memory
             yield from (outcome for outcome in outcomes if outcome.index not in done)
 
@@ -208,8 +187,8 @@ class BatchJob:
         for item in unit.items:
             try:
                 item.prompt = self._prompt(unit, item)
-                text = len(self.processor.tokenizer(item.prompt)["input_ids"]) - unit.opened.placeholders
-                item.length = text + unit.opened.tokens
+                ids = self.processor.tokenizer(item.prompt, **self._special(item.prompt))["input_ids"]
+                item.length = len(ids) - unit.opened.placeholders + unit.opened.tokens
                 asked = item.request.max_new_tokens or self.max_new_tokens
                 item.new_tokens = asked or MAX_NEW_TOKENS
                 if limit is not None:
@@ -232,66 +211,82 @@ class BatchJob:
         turns = [{"role": "user", "content": [*blocks, {"type": "text", "text": item.request.prompt}]}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    def _batches(self, units: list[Unit]) -> Iterator[list[tuple[Unit, Item]]]:
-        """Requests that share a batch: longest first, the requests of a unit side by side, as many as the budget of
-        padded tokens holds, and one in any case."""
+    def _special(self, prompt: str) -> dict[str, bool]:
+        """As apply_chat_template of transformers: a template may have written the first token."""
+        start = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if start is not None and prompt.startswith(start) else {}
+
+    def _batches(self, items: list[Item]) -> Iterator[list[Item]]:
+        """Requests that share a batch, those of long answers first, then those of long prompts: as many as the budget
+        of padded tokens holds, and one in any case."""
         largest = LARGEST.get(self.model.device.type, LARGEST_OF_GPU)
-        some: list[tuple[Unit, Item]] = []
-        length = new = 0
-        for unit in sorted((unit for unit in units if unit.items), key=lambda unit: -max(map(_tokens, unit.items))):
-            for item in sorted(unit.items, key=_tokens, reverse=True):
-                length, new = max(length, item.length), max(new, item.new_tokens)
-                if some and (len(some) == largest or (len(some) + 1) * (length + new) > self.budget):
-                    yield some
-                    some, length, new = [], item.length, item.new_tokens
-                some.append((unit, item))
+        limit = self.model.config.context_length or math.inf
+        some: list[Item] = []
+        for item in sorted(items, key=lambda item: (self._kind(item), item.length), reverse=True):
+            grown = [*some, item]
+            tokens = max(each.length for each in grown) + max(each.new_tokens for each in grown)
+            full = len(some) == largest or len(grown) * tokens > self.budget or tokens > limit
+            if some and (full or self._kind(item) != self._kind(some[0])):
+                yield some
+                some = []
+            some.append(item)
         if some:
             yield some
 
-    @torch.no_grad()
-    def _encode(self, unit: Unit, item: Item, loads: Loads) -> Outcome | None:
-        """Visual tokens and input ids of a request; the outcome where there are none."""
-        try:
-            if unit.encoded is None:
-                unit.encoded = self._see(unit, loads)
-            if isinstance(unit.encoded, Exception):
-                raise unit.encoded
-            inputs = self.processor(
-                text=item.prompt, guide_text=item.request.prompt, **{f"{unit.opened.kind}s": unit.encoded}
-            )
-            item.row = inputs.pop("input_ids")[0]
-            inputs.pop("attention_mask")
-            item.features = self.model.get_media_features(**inputs.to(self.model.device, self.model.dtype))
-        except Exception as error:
-            return self._failed(item, error)
-        finally:
-            unit.left -= 1
-            if not unit.left:
-                unit.encoded = unit.opened = None
-        return None
+    def _kind(self, item: Item) -> int:
+        """Answers of the same kind share a batch: all wait for the longest, so none is twice as long as another."""
+        return item.new_tokens if self.one_length else item.new_tokens.bit_length()
 
-    def _see(self, unit: Unit, loads: Loads) -> list[Any] | Exception:
-        """The video after the vision tower, or the images; what went wrong, for all requests about it."""
+    @torch.no_grad()
+    def _encode(self, unit: Unit, loads: Loads) -> list[Outcome]:
+        """Visual tokens and input ids of all requests about a source; the outcomes of those without."""
+        failed = []
+        before = self.model.config.vision_chunk
         try:
             loaded = loads.take(id(unit))
-            while (frames := self._encoded(unit, loaded)) is None:
+            while not self._encoded(unit, loaded, failed):
                 release(self.model.device)
                 loaded = unit.opened.load()
-            return frames
         except Exception as error:
-            return error.with_traceback(None)  # which would keep its tensors
+            if "CUDA error" in str(error):  # nothing runs on this GPU any more
+                raise
+            if is_memory(error):  # it is not the chunks
+                self.model.config.vision_chunk = before
+            known = {outcome.index for outcome in failed}
+            lacking = [item for item in unit.items if item.row is None and item.index not in known]
+            failed += [self._failed(item, error) for item in lacking]
+        unit.opened = None
+        return failed
 
-    def _encoded(self, unit: Unit, loaded: Any) -> list[Any] | None:
-        """None where the tower runs out of memory; from then on it sees half as many frames at once."""
+    def _encoded(self, unit: Unit, loaded: Any, failed: list[Outcome]) -> bool:
+        """Whether the vision tower had memory enough; where it had not, it sees fewer frames at once from then on."""
+        known = {outcome.index for outcome in failed}
         try:
-            return unit.opened.encode(loaded)
+            seen = unit.opened.encode(loaded)
+            for item in unit.items:
+                if item.row is None and item.index not in known:
+                    self._look(unit, item, seen, failed)
+            return True
         except Exception as error:
-            frames = self.model.model.vision_chunk_frames(self.model.device)
+            frames = min(self.model.model.vision_chunk_frames(self.model.device), unit.opened.frames)
             if not is_memory(error) or frames == 1:
                 raise
             self._say("the vision tower", f"{frames} frames at once", error)
             self.model.config.vision_chunk = frames // 2
-            return None
+            return False
+
+    def _look(self, unit: Unit, item: Item, seen: list[Any], failed: list[Outcome]) -> None:
+        try:
+            media = {f"{unit.opened.kind}s": seen, **self._special(item.prompt)}
+            inputs = self.processor(text=item.prompt, guide_text=item.request.prompt, **media)
+            row = inputs.pop("input_ids")[0]
+            inputs.pop("attention_mask")
+            item.features = self.model.get_media_features(**inputs.to(self.model.device, self.model.dtype))
+            item.row = row
+        except Exception as error:
+            if is_memory(error) or "CUDA error" in str(error):
+                raise
+            failed.append(self._failed(item, error))
 
     def _answer(self, items: list[Item]) -> list[Outcome]:
         """Of each item, in order."""
@@ -332,6 +327,8 @@ class BatchJob:
             max_new_tokens=new,
             **self.options,
         )[:, ids.shape[1] :]  # [N, new]
+        if len(output) != len(items):
+            raise ValueError(f"generate must give one answer to each prompt, got {len(output)} for {len(items)}")
         rows = [row[: item.new_tokens] for row, item in zip(output.tolist(), items)]
         return [text for text, _ in decode_answers(tokenizer, rows, self.model.generation_config.eos_token_id)]
 
@@ -351,61 +348,4 @@ class BatchJob:
             )
 
 
-def windows(items: Sequence[Item], size: int = WINDOW) -> Iterator[list[Unit]]:
-    """Units of equal sources in the order of their first request, in groups of about `size` requests."""
-    units: dict[tuple, Unit] = {}
-    for item in items:
-        units.setdefault(item.request.source.key, Unit([])).items.append(item)
-    window, count = [], 0
-    for unit in units.values():
-        window.append(unit)
-        count += len(unit.items)
-        if count >= size:
-            yield window
-            window, count = [], 0
-    if window:
-        yield window
-
-
-def decode_answers(tokenizer: Any, rows: Iterable[list[int]], ends: int | list[int] | None) -> list[tuple[str, int]]:
-    """(text, number of tokens) of each answer, up to the first of the tokens `ends`; what follows is padding."""
-    last = {ends} if isinstance(ends, int) else set(ends or ())
-    found = []
-    for row in rows:
-        count = next((i for i, token in enumerate(row, start=1) if token in last), len(row))
-        found.append((tokenizer.decode(row[:count], skip_special_tokens=True).strip(), count))
-    return found
-
-
-def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of all layers, and the activations of the widest layer in the prefill."""
-    heads = text_config.num_attention_heads
-    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    kv = 2 * text_config.num_hidden_layers * (getattr(text_config, "num_key_value_heads", None) or heads) * width
-    inner = getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size
-    return dtype.itemsize * (kv + 6 * text_config.hidden_size + 3 * inner)
-
-
-def default_memory(device: torch.device) -> int:
-    """Whole GiB, so that batches, and how their answers are rounded, do not hang on what else runs here."""
-    try:
-        if device.type == "cuda":
-            release(device)
-            size = 0.8 * torch.cuda.mem_get_info(device)[0]
-        else:
-            size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    except (AttributeError, ValueError):  # not Linux
-        size = 4 * GIB
-    return max(1, int(size / GIB)) * GIB
-
-
-def _tokens(item: Item) -> int:
-    return item.length + item.new_tokens
-
-
-def release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-__all__ = ["MAX_NEW_TOKENS", "BatchJob", "BatchWarning", "Outcome", "batch", "decode_answers"]
+__all__ = ["BatchJob", "BatchWarning", "batch"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,7 @@ Item = TypeVar("Item")
 AHEAD_BYTES = 64 << 20  # of resized frames that wait for the tower
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedVideo:
     """What the vision tower made of a video: any number of questions about it need no more of the file.
 
@@ -99,6 +100,7 @@ def encode_video(
     check_rate(sampling["num_frames"], fps)
     with open_video(video, backend) as reader:
         indices = sample_frames(reader.timestamps, **sampling)  # [T]
+        model.model.check_frames(len(indices))
         return encode_frames(model, processor, file_frames(model, processor, reader, indices))
 
 
@@ -140,24 +142,35 @@ def _joined(images: list[Tensor]) -> Tensor:
 def encode_frames(model: PPLlavaForConditionalGeneration, processor: PPLlavaProcessor, frames: Frames) -> EncodedVideo:
     """:func:`encode_video` of frames on their way."""
     device, dtype, gpu = model.device, model.dtype, model.device.type == "cuda"
-    size = 3 * processor.image_size**2 * model.model.vision_chunk_frames(device)
+    chunk = model.model.vision_chunk_frames(device)  # may be less than when the frames were read
+    depth = max(1, AHEAD_BYTES // (3 * processor.image_size**2 * chunk))
 
-    def pixels() -> Iterator[tuple[list[list[int]], Tensor]]:
-        pinned = ((places, part.pin_memory() if gpu else part) for places, part in frames.chunks)
-        for places, part in prefetch(pinned, max(1, AHEAD_BYTES // size)):
-            yield places, processor.normalize(part.to(device, non_blocking=True)).to(dtype)  # [n, 3, S, S]
+    def pinned(item: tuple[list[list[int]], Tensor]) -> tuple[list[list[int]], Tensor]:
+        return item[0], item[1].pin_memory() if gpu else item[1]
 
-    return EncodedVideo(model.model.encode_chunks(pixels(), frames.count), frames.timestamps)
+    def pixels(ahead: Iterator[tuple[list[list[int]], Tensor]]) -> Iterator[tuple[list[list[int]], Tensor]]:
+        for places, images in ahead:
+            for start in range(0, len(images), chunk):
+                part = images[start : start + chunk].to(device, non_blocking=True)
+                yield places[start : start + chunk], processor.normalize(part).to(dtype)  # [n, 3, S, S]
+
+    with closing(prefetch(frames.chunks, depth, pinned)) as ahead:
+        return EncodedVideo(model.model.encode_chunks(pixels(ahead), frames.count), frames.timestamps)
 
 
-def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
-    """The items, up to `depth` of them made ahead in a thread."""
+def prefetch(items: Iterable[Item], depth: int, prepare: Callable[[Item], Item] = lambda item: item) -> Iterator[Item]:
+    """The items, prepared, up to `depth` of them made ahead in a thread."""
     iterator, end = iter(items), object()
+
+    def make() -> Item | object:
+        item = next(iterator, end)
+        return item if item is end else prepare(item)
+
     pool = ThreadPoolExecutor(1, "ppllava-frames")
     try:
-        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        pending = deque(pool.submit(make) for _ in range(depth))
         while (item := pending.popleft().result()) is not end:
-            pending.append(pool.submit(next, iterator, end))
+            pending.append(pool.submit(make))
             yield item
     finally:
         pool.shutdown(cancel_futures=True)

@@ -94,10 +94,23 @@ class PPLlavaGuide(nn.Module):
         if len(chunks) > 1 and learns and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in there is random
             parts = [checkpoint(self._look, chunk, **options) for chunk in chunks]
-        else:
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             parts = [self._look(chunk) for chunk in chunks]
+        else:
+            return self._look_into(chunks, len(features))
         embeds, attention = zip(*parts)
         return torch.cat(embeds), torch.cat(attention) if self.config.valuew_plus else None
+
+    def _look_into(self, chunks: tuple[Tensor, ...], frames: int) -> tuple[Tensor, Tensor | None]:
+        """Without a second copy of what may be an hour of embeddings."""
+        results, start = None, 0
+        for chunk in chunks:
+            parts = [x for x in self._look(chunk) if x is not None]
+            results = results or [x.new_empty(frames, *x.shape[1:]) for x in parts]
+            for result, part in zip(results, parts):
+                result[start : start + len(chunk)] = part
+            start += len(chunk)
+        return results[0], results[1] if self.config.valuew_plus else None
 
     def _look(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.embed_patches(features), self.attend(features) if self.config.valuew_plus else None

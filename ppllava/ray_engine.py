@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .batching import WINDOW, Item, Outcome, windows
 from .console import Exit, Failure, is_memory, note, quiet, sentence
+from .packing import WINDOW, Item, Outcome, windows
 from .request import Request
 from .running import JobSpec
 

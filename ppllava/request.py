@@ -32,11 +32,12 @@ class Source:
     items: tuple[Any, ...]
     sampling: tuple[int | float | None, ...] = (None,) * len(SAMPLING)
 
-    @property
-    def key(self) -> tuple:
-        """Equal for requests that share it: the same paths, or the same objects."""
-        names = tuple(os.fspath(x) if isinstance(x, (str, os.PathLike)) else id(x) for x in self.items)
-        return self.kind, names, self.sampling
+    def key(self, frames: int | None = None) -> tuple:
+        """Equal for requests that share it: the same files, or the same objects; `frames` where none are named."""
+        names = tuple(_real(x) if isinstance(x, (str, os.PathLike)) else id(x) for x in self.items)
+        count, fps, *span = self.sampling
+        file = self.kind == "video" and isinstance(names[0], str)
+        return self.kind, names, frames if file and count is None and fps is None else count, fps, *span
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Request:
         return cls(name, prompt, _source(given), _count("max_new_tokens", given.get("max_new_tokens")))
 
 
+def _real(path: str | os.PathLike) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # no file can have such a name
+        return os.fspath(path)
+
+
 def _source(given: Mapping) -> Source:
     media = [key for key in MEDIA if given.get(key) is not None]
     if len(media) != 1:
@@ -92,7 +100,8 @@ def _source(given: Mapping) -> Source:
         items = [items]
     for item in items:
         url = isinstance(item, str) and item.lower().startswith(URLS)
-        if not item if isinstance(item, str) else isinstance(item, (bool, int, float, Mapping)):
+        lost = not item if isinstance(item, str) else item is None or isinstance(item, (bool, int, float, Mapping))
+        if lost or (isinstance(item, (list, tuple)) and any(isinstance(x, (str, os.PathLike)) for x in item)):
             raise RequestError(f"{kind} must be the path of a file, got {shown(item)}")
         if url:
             raise RequestError(f"{kind} must be the path of a file, got {shown(item)}; download it first")

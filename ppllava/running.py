@@ -14,8 +14,9 @@ from typing import IO, Any
 import torch
 
 from .asking import Dtype, check_template, load_model, load_processor, set_budget
-from .batching import BatchJob, Outcome
+from .batching import BatchJob
 from .console import Exit, Failure, is_memory, note, progress, sentence
+from .packing import Outcome
 from .quantization import fp8
 from .request import Request, RequestError, shown
 

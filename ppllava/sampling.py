@@ -81,6 +81,8 @@ def sample_frames(
     check_rate(num_frames, fps)
     if fps is not None:
         return sample_fps(fps, timestamps, max_frames, start, end)
+    if num_frames > 1 << 20:
+        raise ValueError(f"num_frames must be at most {1 << 20}, got {num_frames}; pass fewer")
     first, last = sample_range(timestamps, start, end)
     return first + sample_uniform(num_frames, last - first + 1)
 

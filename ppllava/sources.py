@@ -29,11 +29,13 @@ class Opened(Protocol):
     kind          "video" or "image"
     placeholders  that stand for it in a prompt
     tokens        visual tokens, together
+    frames        that the vision tower sees of it
     """
 
     kind: str
     placeholders: int
     tokens: int
+    frames: int
 
     def load(self) -> Any:
         """What :meth:`encode` takes; in a thread."""
@@ -49,7 +51,7 @@ class OpenedVideo:
         self, model: PPLlavaForConditionalGeneration, processor: PPLlavaProcessor, source: Source, memory: int
     ) -> None:
         [video] = source.items
-        self.model, self.processor, self.frames = model, processor, None
+        self.model, self.processor, self.decoded = model, processor, None
         self.encoded = video if isinstance(video, EncodedVideo) else None
         frames, fps, start, end = source.sampling
         if isinstance(video, (str, os.PathLike)):
@@ -57,7 +59,10 @@ class OpenedVideo:
 
             self.reader = open_video(video)
             frames = processor.num_frames if frames is None and fps is None else frames
-            self.indices = sample_frames(self.reader.timestamps, frames, fps, None, start, end)  # [T]
+            try:
+                self.indices = sample_frames(self.reader.timestamps, frames, fps, None, start, end)  # [T]
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(video)}: {error}") from error
             count = len(self.indices)
         elif self.encoded is not None:
             if any(value is not None for value in source.sampling):
@@ -70,18 +75,16 @@ class OpenedVideo:
                 raise ValueError(
                     "fps, start and end choose frames of a file, got decoded frames; pass a path, or frames"
                 )
-            self.frames = read_frames(video, frames, None, 1)  # uint8 [T, 3, H, W]
-            count = len(self.frames)
-        self.tokens = processor.num_video_tokens(count)
+            self.decoded = video, frames
+            count = frames or len(getattr(video, "frames", video))
+        self.tokens, self.frames = processor.num_video_tokens(count), count
         self.bytes = count * 3 * processor.image_size**2
         self._check(count, memory)
 
     def _check(self, count: int, memory: int) -> None:
-        vision = self.model.config.vision_config
-        most = getattr(vision, "adapter_max_frames", None)
-        if most is not None and count > most:
-            raise ValueError(f"videos must have at most {most} frames for the BT-Adapter of this model, got {count}")
-        need = count * math.prod(self.model.config.patch_grid) * vision.hidden_size * self.model.dtype.itemsize
+        self.model.model.check_frames(count)
+        patches = count * math.prod(self.model.config.patch_grid)
+        need = patches * self.model.config.vision_config.hidden_size * self.model.dtype.itemsize
         if self.encoded is None and need > memory:
             raise ValueError(
                 f"the features of {count} frames take {need >> 20} MiB, more than the memory of {memory >> 20} MiB; "
@@ -91,13 +94,14 @@ class OpenedVideo:
     def load(self) -> Frames | None:
         if self.encoded is not None:
             return None
-        if self.frames is not None:
-            return decoded_frames(self.model, self.processor, self.frames)
+        if self.decoded is not None:
+            frames = read_frames(*self.decoded, None, 1)  # uint8 [T, 3, H, W]
+            return decoded_frames(self.model, self.processor, frames)
         frames = file_frames(self.model, self.processor, self.reader, self.indices)
         return frames if self.bytes > SHORT else Frames(list(frames.chunks), frames.count, frames.timestamps)
 
     def encode(self, loaded: Frames | None) -> list[EncodedVideo]:
-        return [self.encoded or encode_frames(self.model, self.processor, loaded)]
+        return [encode_frames(self.model, self.processor, loaded) if self.encoded is None else self.encoded]
 
 
 class OpenedImages:
@@ -105,6 +109,8 @@ class OpenedImages:
 
     def __init__(self, processor: PPLlavaProcessor, source: Source) -> None:
         self.items, self.placeholders = source.items, len(source.items)
+        views = max((h * w // processor.image_size**2 for h, w in processor.image_grid_pinpoints), default=0)
+        self.frames = len(source.items) if len(source.items) > 1 else 1 + views
         sizes = [(image.height, image.width) for image in map(read_image, source.items)]
         if len(sizes) == 1:
             self.tokens = processor.num_image_tokens(*sizes[0])

@@ -44,6 +44,8 @@ class VisualFeatures:
         frames are those of each clip, which a BT-Adapter mixes and the other towers do not.
         """
         chunk = self.vision_chunk_frames(pixel_values.device)
+        if self.config.vision_chunk is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            chunk = len(pixel_values)  # all activations are kept in any case, and a graph of chunks is a longer one
         if isinstance(self.vision_tower, BTAdapterVisionModel):
             return self._patches(self.vision_tower(pixel_values, frames=frames, chunk=chunk))
         chunks = pixel_values.split(chunk)
@@ -69,6 +71,14 @@ class VisualFeatures:
             else:
                 features[wanted] = patches[[n for n, where in enumerate(places) for _ in where]]
         return features
+
+    def check_frames(self, frames: int) -> None:
+        """A ValueError for a clip that the vision tower cannot take."""
+        most = getattr(self.config.vision_config, "adapter_max_frames", None)
+        if most is not None and frames > most and self.vision_tower.adapter is not None:
+            raise ValueError(
+                f"videos must have at most {most} frames for the BT-Adapter of this model, got {frames}; sample fewer"
+            )
 
     def vision_chunk_frames(self, device: torch.device) -> int:
         """Frames that go through the vision tower at once."""

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from collections import UserDict
 
 import clips
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 import ppllava
-from ppllava import BatchWarning, batching, presets, video
-from ppllava.batching import Item
+from ppllava import BatchWarning, EncodedVideo, batching, packing, presets, sources, video
+from ppllava.packing import Item
 
 NEW = 6
 
@@ -110,7 +111,7 @@ def test_the_budget_bounds_a_batch(made, folder, monkeypatch):
     requests = [ask(folder / f"{n % 4}.mp4", "What " * (n + 1), frames=2 + n) for n in range(9)]
     expected = list(ppllava.batch(*made, requests))
     calls.clear()
-    token = batching.bytes_per_token(made[0].config.text_config, torch.float64)
+    token = packing.bytes_per_token(made[0].config.text_config, torch.float64)
     assert list(ppllava.batch(*made, requests, memory=200 * token)) == expected
     assert len(calls) > 3
     assert all(count == 1 or count * (length + new) <= 200 for count, length, new in calls)
@@ -279,10 +280,10 @@ def test_the_vision_tower_takes_fewer_frames_where_they_do_not_fit(made, folder)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.model.vision_tower.register_forward_pre_hook(limited)
-    with pytest.warns(BatchWarning, match="the vision tower ran out of memory with 31 frames at once") as caught:
+    with pytest.warns(BatchWarning, match="the vision tower ran out of memory with 20 frames at once") as caught:
         assert list(ppllava.batch(model, processor, [request])) == [expected]
     assert len(caught) == 1
-    assert seen == [20, 15, 7, 3, 3, 3, 3, 3, 3, 2]
+    assert seen == [20, 10, 5, 5, 5, 5]
     assert model.config.vision_chunk is None  # as it was
 
 
@@ -308,7 +309,149 @@ def test_nothing_of_what_is_answered_is_kept(made, folder, monkeypatch):
 
     monkeypatch.setattr(made[0], "generate", watched)
     list(ppllava.batch(*made, [ask(folder / f"{n % 4}.mp4", "What?" * n, frames=2) for n in range(1, 25)]))
-    assert held == [8, 8, 8]
+    assert held == [24, 16, 8]  # of a window, without those that are answered
+
+
+def test_clips_that_wait_follow_a_smaller_chunk(made, folder):
+    """They were decoded when more frames at once were expected."""
+    seen = []
+
+    def limited(_, inputs):
+        seen.append(len(inputs[0]))
+        if len(inputs[0]) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    requests = [ask(folder / f"{n % 4}.mp4", "What?" * n, frames=14 + n) for n in range(1, 9)]
+    expected = list(ppllava.batch(*made, requests))
+    made[0].model.vision_tower.register_forward_pre_hook(limited)
+    with pytest.warns(BatchWarning) as caught:
+        assert list(ppllava.batch(*made, requests, workers=8)) == expected
+    assert len(caught) == 1
+    assert sum(count > 6 for count in seen) == 2  # of the first clip alone
+
+
+def test_a_source_that_fits_in_no_chunk_leaves_the_others_as_they_were(made, folder, monkeypatch):
+    model, processor = made
+    encode, chunks = ppllava.encoding.encode_frames, []
+
+    def limited(model, processor, frames):
+        chunks.append((frames.count, model.config.vision_chunk))
+        if frames.count == 19:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(model, processor, frames)
+
+    monkeypatch.setattr(ppllava.sources, "encode_frames", limited)
+    requests = [ask(folder / "0.mp4", frames=19), ask(folder / "1.mp4", frames=4)]
+    with pytest.warns(BatchWarning):
+        answers = list(ppllava.batch(model, processor, requests))
+    assert "out of memory even alone" in answers[0]["error"]
+    assert "answer" in answers[1]
+    assert chunks == [(19, None), (19, 9), (19, 4), (19, 2), (19, 1), (4, None)]
+
+
+def test_images_follow_a_smaller_chunk_too(made, folder):
+    request = ask([folder / "i.png"] * 10)
+    [expected] = ppllava.batch(*made, [request])
+
+    def limited(_, inputs):
+        if len(inputs[0]) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made[0].model.vision_tower.register_forward_pre_hook(limited)
+    with pytest.warns(BatchWarning):
+        assert list(ppllava.batch(*made, [request])) == [expected]
+
+
+def test_decoded_clips_are_not_copied_before_their_turn(made, monkeypatch):
+    held, generate = [], made[0].generate
+
+    def watched(**kwargs):
+        gc.collect()
+        held.append(sum(isinstance(x, sources.OpenedVideo) for x in gc.get_objects()))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(made[0], "generate", watched)
+    clip = [Image.new("RGB", (40, 30))] * 2
+    requests = [{"id": n, "video": list(clip), "prompt": "a", "max_new_tokens": 1} for n in range(24)]
+    assert all("answer" in answer for answer in ppllava.batch(*made, requests))
+    assert held == [16, 8, 0]
+
+
+# ---- what the answers must not depend on
+
+
+def test_a_template_that_writes_the_first_token(made, folder):
+    made[1].chat_template = "{{ bos_token }}" + made[1].chat_template
+    request = ask(folder / "0.mp4", frames=4)
+    assert list(ppllava.batch(*made, [request])) == [{"id": request["id"], "answer": alone(made, request)}]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"forced_eos_token_id": 2}, {}])
+def test_the_length_of_other_answers(made, folder, options, monkeypatch):
+    requests = [ask(folder / f"{n}.mp4", "What?" * n, frames=4, max_new_tokens=3 + 7 * n) for n in range(4)]
+    together = list(ppllava.batch(*made, requests, **options))
+    assert together == [answer for request in requests for answer in ppllava.batch(*made, [request], **options)]
+
+
+def test_long_answers_do_not_hold_up_short_ones_nor_pass_the_context(made, folder, monkeypatch):
+    calls = watch(monkeypatch, made[0])
+    long = [ask(folder / "0.mp4", "a" * 1800 + str(n), frames=4, max_new_tokens=2) for n in range(2)]
+    short = [ask(folder / "0.mp4", f"a{n}", frames=4, max_new_tokens=200) for n in range(2)]
+    list(ppllava.batch(*made, [*long, *short]))
+    assert [(count, new) for count, _, new in calls] == [(2, 200), (2, 2)]
+    calls.clear()
+    mixed = [ask(folder / "0.mp4", "a" * n, frames=4, max_new_tokens=new) for n, new in ((1930, 70), (10, 120))]
+    list(ppllava.batch(*made, mixed))  # 2,048 positions
+    assert [count for count, *_ in calls] == [1, 1]
+
+
+def test_images_that_pillow_has_only_opened_are_shared(made, folder, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    image = Image.open(tmp_path / "large.png")
+    lists = [[image] + [folder / "j.jpg"] * n for n in range(1, 7)]
+    requests = [{"id": n, "images": x, "prompt": "a", "max_new_tokens": 1} for n, x in enumerate(lists)]
+    assert all("answer" in answer for answer in ppllava.batch(*made, requests, workers=4))
+
+
+def test_a_clip_is_the_same_however_it_is_named(made, folder):
+    seen = []
+    made[0].model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    other = folder / ".." / folder.name / "0.mp4"
+    list(ppllava.batch(*made, [ask(folder / "0.mp4"), ask(other, "a"), ask(str(other), frames=made[1].num_frames)]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_return_sequences": 2}, {"return_dict_in_generate": True}, {"max_new_token": 3}, {"max_length": 9}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_without_one_answer_for_each(made, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be an option of generate that gives one text"):
+        ppllava.batch(*made, [], **options)
+
+
+def test_a_model_and_a_processor_that_pool_differently(made):
+    made[0].config.pooling_max_tokens = 4
+    with pytest.raises(ValueError, match="model and processor must pool alike"):
+        ppllava.batch(*made, [])
+
+
+def test_ids_of_what_is_refused(made):
+    given = [UserDict(id="y", prompt=""), {"id": True}, {"id": 3}, {"id": 4, "video": ["a.mp4"], "prompt": "a"}]
+    given.append({"id": 5, "images": [None], "prompt": "a"})
+    answers = list(ppllava.batch(*made, given))
+    assert [answer["id"] for answer in answers] == ["y", None, 3, 4, 5]
+    assert "video must be the path of a file" in answers[3]["error"]
+    assert "images must be the path of a file, got none" in answers[4]["error"]
+
+
+def test_encoded_videos_are_equal_as_objects(made):
+    one = EncodedVideo(torch.zeros(1, 6, 6, 32))
+    assert one == one
+    assert one != EncodedVideo(torch.zeros(1, 6, 6, 32))
+    assert len({one}) == 1
 
 
 # ---- going on
@@ -331,8 +474,7 @@ def test_the_others_are_computed_as_in_one_go(made, folder, monkeypatch):
 
 
 def test_answers_come_while_others_are_computed(made, folder, monkeypatch):
-    monkeypatch.setattr(batching, "WINDOW", 2)
-    monkeypatch.setattr(batching.windows, "__defaults__", (2,))
+    monkeypatch.setattr(packing.windows, "__defaults__", (2, None))
     calls = watch(monkeypatch, made[0])
     answers = ppllava.batch(*made, [ask(folder / f"{n}.mp4", frames=2) for n in range(4)])
     next(answers)

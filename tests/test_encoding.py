@@ -248,6 +248,7 @@ def test_an_hour_takes_the_memory_of_minutes(tmp_path):
     [
         ({"num_frames": 4, "fps": 1.0}, "pass exactly one of num_frames and fps"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"num_frames": 10**9}, "num_frames must be at most 1048576, got 1000000000"),
         ({"fps": 0.0}, "fps must be a positive number"),
         ({"num_frames": 4, "start": 99.0}, "start=99.0 is after the end of the clip"),
         ({"num_frames": 4, "backend": "magic"}, "backend must be 'pyav', 'decord' or None"),
@@ -256,6 +257,27 @@ def test_an_hour_takes_the_memory_of_minutes(tmp_path):
 def test_wrong_arguments(given, message, path):
     with pytest.raises(ValueError, match=message):
         ppllava.encode_video(*tiny(), path, **given)
+
+
+def test_more_frames_than_an_adapter_takes_are_refused_before_they_are_decoded(path, monkeypatch):
+    model, processor = presets.build("tiny-btadapter")
+    monkeypatch.setattr(video.PyAVReader, "stream_frames", None)
+    with pytest.raises(ValueError, match="videos must have at most 64 frames for the BT-Adapter of this model, got 65"):
+        ppllava.encode_video(model, processor, path, num_frames=65)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_training_and_compilation_run_the_tower_once(compiling, monkeypatch):
+    model, seen = fresh(), []
+    model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with torch.set_grad_enabled(not compiling):
+        model.model.encode_frames(torch.zeros(100, 3, 42, 42), [100])
+    assert seen == [100]
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.model.encode_frames(torch.zeros(100, 3, 42, 42), [100])
+    assert seen == [100, 31, 31, 31, 7]
 
 
 def test_sampling_is_for_files(path):

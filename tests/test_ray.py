@@ -16,7 +16,7 @@ import pytest
 from cli_fixtures import QUESTION, call, files, run
 
 from ppllava import cli, ray_engine, running
-from ppllava.batching import Outcome
+from ppllava.packing import Outcome
 from ppllava.request import Request
 
 ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ppllava-kernels[ray]' runs these tests")

@@ -39,11 +39,12 @@ def test_sampling():
 
 
 def test_equal_sources_share_a_key():
-    key = of(video="a.mp4", frames=4).source.key
-    assert of(video=Path("a.mp4"), frames=4, prompt="Other?").source.key == key
+    key = of(video="a.mp4", frames=4).source.key()
+    assert of(video=Path("a.mp4"), frames=4, prompt="Other?").source.key() == key
     others = [{"video": "a.mp4"}, {"video": "a.mp4", "frames": 5}, {"video": "b.mp4", "frames": 4}, {"image": "a.mp4"}]
-    assert key not in [of(**other).source.key for other in others]
-    assert of(video=FRAMES).source.key == of(video=FRAMES).source.key != of(video=FRAMES.copy()).source.key
+    assert key not in [of(**other).source.key() for other in others]
+    assert of(video=FRAMES).source.key() == of(video=FRAMES).source.key() != of(video=FRAMES.copy()).source.key()
+    assert of(video="./b/../a.mp4").source.key(4) == key  # the same file, and frames by default
 
 
 @pytest.mark.parametrize("given", [None, 1, "a", ["id"], {}, {"id": 1}, {"id": 1, "prompt": "?"}, {1: 2}], ids=str)
