@@ -11,10 +11,10 @@ SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o 
 
 .PHONY: benchmark test lint format table dist smoke gpu clean
 
-benchmark: $(VENV)/ready  ## measure the ops, the projector and the model on this machine; JSON, PNG and the README's tables
+benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
+	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.projector $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.steps $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.fp8 $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.table

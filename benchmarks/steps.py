@@ -3,8 +3,8 @@
     python -m benchmarks.steps --quick
     python -m benchmarks.steps --preset vicuna-7b --dtype bfloat16
 
-The steps build on each other, from transformers' plain way, one request after the other, to `ppllava.batch`. One that
-this device gains nothing from is measured, and then left out of what follows. Rows go to
+The steps build on each other, from transformers' plain way, one request after the other, to `ppllava.batch`. One whose
+compilation takes longer than it saves on this device is measured, and then left out of what follows. Rows go to
 benchmarks/results/<device>/steps.json, with a chart beside it.
 """
 
@@ -36,7 +36,7 @@ from .video_models import CLIP_FPS, encode_clip
 
 QUESTIONS = ("What happens in this video, and in which order?", "Who is in it, and what do they do to each other?")
 DEFAULTS = {
-    "cpu": {"preset": "small", "dtype": "float32", "clips": 3, "frames": 16, "new_tokens": 8, "repeats": 2},
+    "cpu": {"preset": "small", "dtype": "float32", "clips": 2, "frames": 16, "new_tokens": 8, "repeats": 2},
     "cuda": {"preset": "vicuna-7b", "dtype": "bfloat16", "clips": 8, "frames": 32, "new_tokens": 32, "repeats": 3},
 }
 QUICK = {"clips": 1, "frames": 4, "new_tokens": 2, "repeats": 1}
@@ -204,7 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=presets.NAMES, help="default: small, on a GPU vicuna-7b")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto", help="default: auto, the GPU if there is one")
-    parser.add_argument("--clips", type=int, metavar="N", help="each with two questions; default: 3, on a GPU 8")
+    parser.add_argument("--clips", type=int, metavar="N", help="each with two questions; default: 2, on a GPU 8")
     parser.add_argument("--frames", type=int, metavar="N", help="of the longest; default: 16, on a GPU 32")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="of each answer; default: 8, on a GPU 32")
     parser.add_argument("--repeats", type=int, metavar="N", help="the best of which counts; default: 2, on a GPU 3")
