@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import report, steps_chart, video_chart
@@ -209,24 +209,22 @@ def _label(variant: str) -> str:
 
 def draw_throughput(path: Path) -> str:
     """As `draw_roofline`: speed and memory over the number of frames, and where the time goes."""
-    pyplot = _pyplot()
-    if pyplot is None:
-        return NO_MATPLOTLIB
-    results = report.read(path, "throughput")
-    if not any(row["status"] == "ok" for row in results["rows"]):
-        return "left out the chart, there are no rows with times"
-    return _save(pyplot, video_chart.figure(pyplot, results), path)
+    return _draw(path, "throughput", video_chart.figure)
 
 
 def draw_steps(path: Path) -> str:
     """As `draw_roofline`: how many times faster each step of the fast path is."""
+    return _draw(path, "steps", steps_chart.figure)
+
+
+def _draw(path: Path, kind: str, figure: Callable) -> str:
     pyplot = _pyplot()
     if pyplot is None:
         return NO_MATPLOTLIB
-    results = report.read(path, "steps")
+    results = report.read(path, kind)
     if not any(row["status"] == "ok" for row in results["rows"]):
         return "left out the chart, there are no rows with times"
-    return _save(pyplot, steps_chart.figure(pyplot, results), path)
+    return _save(pyplot, figure(pyplot, results), path)
 
 
 NO_MATPLOTLIB = "left out the chart, matplotlib is not installed"

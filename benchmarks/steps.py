@@ -31,7 +31,7 @@ from ppllava.video import read_video
 from . import chart, report, timing
 from .machine import machine_info, results_folder
 from .steps_report import StepRow, steps_table
-from .throughput import DTYPES
+from .throughput import DTYPES, complete
 from .video_models import CLIP_FPS, encode_clip
 
 QUESTIONS = ("What happens in this video, and in which order?", "Who is in it, and what do they do to each other?")
@@ -164,7 +164,7 @@ def measure(args: argparse.Namespace, save: Callable[[list[StepRow]], object]) -
         for turn in range(1 + args.repeats):
             for way in order:
                 progress.update(task, description=f"{args.preset} {args.dtype}, turn {turn} of {args.repeats}")
-                late = turn > 1 and args.time_limit and time.monotonic() - start > args.time_limit
+                late = args.time_limit and time.monotonic() - start > args.time_limit
                 if way not in failed and not late:
                     try:
                         took = _timed(lambda way=way: answers.__setitem__(way, job.answers(way)), args.device)
@@ -176,8 +176,10 @@ def measure(args: argparse.Namespace, save: Callable[[list[StepRow]], object]) -
         for step, before, after in plan:
             row = StepRow(step.name, step.switch, kept=torch.device(args.device).type in step.devices)
             reasons = [failed[way] for way in (before, after) if way in failed]
-            if reasons or not (seconds.get(before) and seconds.get(after)):
-                row.fail(reasons[0] if reasons else f"--time-limit {args.time_limit:.0f} came before its turn")
+            if reasons:
+                row.fail(reasons[0])
+            elif not (seconds.get(before) and seconds.get(after)):
+                row.fail(f"--time-limit {args.time_limit:.0f} came before its turn", "left out")
             else:
                 times = [min(seconds[way]) for way in (before, after)]
                 row.set_times(len(job.requests), *times, same_answers=_share(answers[before], answers[after]))
@@ -208,19 +210,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, metavar="N", help="of the longest; default: 16, on a GPU 32")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="of each answer; default: 8, on a GPU 32")
     parser.add_argument("--repeats", type=int, metavar="N", help="the best of which counts; default: 2, on a GPU 3")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="no second turn after it")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start nothing after it")
     parser.add_argument("--quick", action="store_true", help="one clip, few frames and tokens, once")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = DEFAULTS["cuda" if torch.device(args.device).type == "cuda" else "cpu"]
-    for name, value in {**kind, **(QUICK if args.quick else {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("clips", "frames", "new_tokens", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    complete(parser, args, DEFAULTS, QUICK, ("clips", "frames", "new_tokens", "repeats"))
     return args
 
 

@@ -19,7 +19,7 @@ class StepRow(Outcome):
     step: str
     switch: str
     kept: bool  # on this device, in what follows
-    status: str = "ok"  # or "failed"
+    status: str = "ok"  # or "failed", "left out"
     reason: str | None = None
     before_s: float | None = None
     after_s: float | None = None

@@ -52,6 +52,21 @@ DEFAULTS = {
 QUICK = {"preset": "small", "frames": [4], "repeats": 1, "new_tokens": 4, "batch": 1}
 
 
+def complete(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict, quick: dict, counts: Sequence[str]
+) -> None:
+    """Fill in what was not given, for the device; an error for `counts` below 1."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = defaults["cuda" if torch.device(args.device).type == "cuda" else "cpu"]
+    for name, value in {**kind, **(quick if args.quick else {})}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    for name in counts:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=presets.NAMES, help="default: small, on a GPU vicuna-7b")
@@ -73,15 +88,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = DEFAULTS["cuda" if torch.device(args.device).type == "cuda" else "cpu"]
-    for name, value in {**kind, **(QUICK if args.quick else {})}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    for name in ("tokens", "new_tokens", "batch", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    complete(parser, args, DEFAULTS, QUICK, ("tokens", "new_tokens", "batch", "repeats"))
     args.frames = sorted(set(args.frames))
     if args.frames[0] < 2:
         parser.error(f"--frames must be at least 2, what one window pools, got {args.frames[0]}")

@@ -107,6 +107,14 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
     assert rows[STEPS[-2].name]["ratio"] is None
 
 
+def test_the_time_limit_leaves_steps_out_and_says_so(tmp_path):
+    assert command(tmp_path, "--time-limit", "1e-9") == 0
+    assert {(row["status"], row["reason"]) for row in rows_of(tmp_path).values()} == {
+        ("left out", "--time-limit 0 came before its turn")
+    }
+    assert not (tmp_path / "steps.png").exists()
+
+
 def test_the_chart_and_the_table_show_this_file(ran, tmp_path):
     with Image.open(ran / "steps.png") as image:
         assert min(image.size) > 200
