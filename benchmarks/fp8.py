@@ -10,6 +10,7 @@ is timed. Rows go to benchmarks/results/<device>/fp8.json.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import report, timing
-from .machine import machine_info, results_folder, version
+from .machine import check_device, machine_info, results_folder, version
 from .report import Outcome, show
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, metavar="S", help="start nothing that would pass it; on a CPU 100")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
+    check_device(parser, args.device)
+    if args.model is not None and not os.path.isdir(args.model):
+        parser.error(f"--model must be the folder of a model, got {args.model!r}, which is none")
     for name, value in {**DEFAULTS[kind(args.device)], **(QUICK if args.quick else {})}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

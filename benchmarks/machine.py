@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -39,6 +40,15 @@ def machine_info(device: torch.device | str, command: list[str]) -> dict[str, ob
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def check_device(parser: argparse.ArgumentParser, name: str) -> None:
+    """An error of the command line for a device that this machine has not."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        parser.error(f"--device must be one of this machine, got {name!r} ({reason}); try cpu")
 
 
 def device_slug(machine: dict[str, object]) -> str:

@@ -21,7 +21,7 @@ import torch
 from ppllava import presets
 
 from . import chart, gate, report
-from .machine import machine_info, results_folder
+from .machine import check_device, machine_info, results_folder
 from .video_memory import memory_limit
 from .video_models import CLIP_FPS, CLIP_FRAMES, CLIP_SIZE, KEPT, PIXELS, PROMPT, SETTINGS
 from .video_report import VARIANTS, Longest, VideoRow, throughput_table
@@ -55,9 +55,10 @@ QUICK = {"preset": "small", "frames": [4], "repeats": 1, "new_tokens": 4, "batch
 def complete(
     parser: argparse.ArgumentParser, args: argparse.Namespace, defaults: dict, quick: dict, counts: Sequence[str]
 ) -> None:
-    """Fill in what was not given, for the device; an error for `counts` below 1."""
+    """Fill in what was not given, for the device; an error for `counts` below 1, and for a device that is not there."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(parser, args.device)
     kind = defaults["cuda" if torch.device(args.device).type == "cuda" else "cpu"]
     for name, value in {**kind, **(quick if args.quick else {})}.items():
         if getattr(args, name, None) is None:

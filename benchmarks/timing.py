@@ -244,7 +244,8 @@ def release(device: torch.device | str) -> None:
 
 def reason(error: BaseException) -> str:
     """One line on why a variant did not run."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

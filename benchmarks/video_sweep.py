@@ -117,9 +117,11 @@ class Sweep:
                 first.search = f"batch {batch} left out, it {why}"
                 break
             self._time({variant: job}, {variant: row}, {variant: self._gate(job, row)})
-            first.searched = True
+            first.searched = row.status in ("ok", "does not fit")
             if row.status != "ok":
                 first.search = f"batch {batch}: {row.status}, {row.reason}"
+                if not first.searched:  # shown, and a wrong one fails the command
+                    self.found[frames, variant, batch] = row
                 break
             if row.videos_s < GAIN * best.videos_s:
                 first.search = f"batch {batch} has {100 * (row.videos_s / best.videos_s - 1):+.0f} % videos/s"

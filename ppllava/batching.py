@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .console import is_memory, sentence
+from .console import is_fatal, is_memory, sentence
 from .packing import (
     GREEDY,
     HARMLESS,
@@ -23,6 +23,7 @@ from .packing import (
     Outcome,
     Unit,
     bytes_per_token,
+    cache_length,
     check_options,
     decode_answers,
     default_memory,
@@ -37,6 +38,9 @@ from .visual_features import MODALITIES, PPLlavaVisualFeatures
 if TYPE_CHECKING:
     from .modeling_ppllava import PPLlavaForConditionalGeneration
     from .processing_ppllava import PPLlavaProcessor
+
+
+PREVIOUS = "_previous_max_cache_length"  # where transformers notes how long the longest static cache was
 
 
 class BatchWarning(UserWarning):
@@ -122,6 +126,7 @@ class BatchJob:
         self.options = {**({} if "generation_config" in options else GREEDY), **options}
         # An answer that is cut from a longer one is its own only where tokens come one by one, the likeliest.
         self.one_length = not options.keys() <= HARMLESS
+        self.static = self.options.get("cache_implementation") == "static"
         self._said: set[str] = set()
 
     def run(self, requests: Sequence[Any], done: Collection[int] = ()) -> Iterator[Outcome]:
@@ -160,13 +165,21 @@ class BatchJob:
         wanted = {item.index for some in batches for item in some}
         for unit in units:
             unit.items = [item for item in unit.items if item.index in wanted]
+            unit.left = len(unit.items)
+        self._forget_cache()
         order = {id(of[item.index]): of[item.index] for some in batches for item in some}  # by first need
         loads = Loads(pool, self.workers + 1, [(key, unit.opened) for key, unit in order.items()])
         failed: dict[int, Outcome] = {}
         for some in batches:
-            for unit in (of[item.index] for item in some):
+            for item in some:
+                unit = of[item.index]
                 if unit.opened is not None:
                     failed.update((outcome.index, outcome) for outcome in self._encode(unit, loads))
+                if unit.seen is not None and item.row is None and item.index not in failed:
+                    failed.update((outcome.index, outcome) for outcome in self._look(unit, [item]))
+                unit.left -= 1
+                if not unit.left:
+                    unit.seen = None
             outcomes = [failed.pop(item.index) for item in some if item.index in failed]
             ready = [item for item in some if item.row is not None]
             outcomes += self._answer(ready)
@@ -222,14 +235,17 @@ class BatchJob:
         largest = LARGEST.get(self.model.device.type, LARGEST_OF_GPU)
         limit = self.model.config.context_length or math.inf
         some: list[Item] = []
+        previous = held = 0  # positions of a static cache, before this batch and with it
         for item in sorted(items, key=lambda item: (self._kind(item), item.length), reverse=True):
             grown = [*some, item]
             tokens = max(each.length for each in grown) + max(each.new_tokens for each in grown)
-            full = len(some) == largest or len(grown) * tokens > self.budget or tokens > limit
+            size = cache_length(tokens, previous) if self.static else tokens
+            full = len(some) == largest or len(grown) * size > self.budget or tokens > limit
             if some and (full or self._kind(item) != self._kind(some[0])):
                 yield some
-                some = []
+                some, previous, tokens = [], held, item.length + item.new_tokens
             some.append(item)
+            held = cache_length(tokens, previous)
         if some:
             yield some
 
@@ -239,33 +255,30 @@ class BatchJob:
 
     @torch.no_grad()
     def _encode(self, unit: Unit, loads: Loads) -> list[Outcome]:
-        """Visual tokens and input ids of all requests about a source; the outcomes of those without."""
-        failed = []
-        before = self.model.config.vision_chunk
+        """Run the vision tower over a source; the outcomes of requests about it that fail with it."""
+        before, failed = self.model.config.vision_chunk, []
         try:
             loaded = loads.take(id(unit))
             while not self._encoded(unit, loaded, failed):
                 release(self.model.device)
                 loaded = unit.opened.load()
         except Exception as error:
-            if "CUDA error" in str(error):  # nothing runs on this GPU any more
+            if is_fatal(error):
                 raise
             if is_memory(error):  # it is not the chunks
                 self.model.config.vision_chunk = before
-            known = {outcome.index for outcome in failed}
-            lacking = [item for item in unit.items if item.row is None and item.index not in known]
-            failed += [self._failed(item, error) for item in lacking]
+            failed = [self._failed(item, error) for item in unit.items if item.row is None]
+            unit.seen = None
         unit.opened = None
         return failed
 
     def _encoded(self, unit: Unit, loaded: Any, failed: list[Outcome]) -> bool:
         """Whether the vision tower had memory enough; where it had not, it sees fewer frames at once from then on."""
-        known = {outcome.index for outcome in failed}
         try:
-            seen = unit.opened.encode(loaded)
-            for item in unit.items:
-                if item.row is None and item.index not in known:
-                    self._look(unit, item, seen, failed)
+            unit.seen = unit.opened.encode(loaded)
+            if unit.opened.looks_at_once(len(unit.items)):
+                failed[:] = self._look(unit, unit.items)
+                unit.seen = None
             return True
         except Exception as error:
             frames = min(self.model.model.vision_chunk_frames(self.model.device), unit.opened.frames)
@@ -275,29 +288,34 @@ class BatchJob:
             self.model.config.vision_chunk = frames // 2
             return False
 
-    def _look(self, unit: Unit, item: Item, seen: list[Any], failed: list[Outcome]) -> None:
-        try:
-            media = {f"{unit.opened.kind}s": seen, **self._special(item.prompt)}
-            inputs = self.processor(text=item.prompt, guide_text=item.request.prompt, **media)
-            row = inputs.pop("input_ids")[0]
-            inputs.pop("attention_mask")
-            item.features = self.model.get_media_features(**inputs.to(self.model.device, self.model.dtype))
-            item.row = row
-        except Exception as error:
-            if is_memory(error) or "CUDA error" in str(error):
-                raise
-            failed.append(self._failed(item, error))
+    @torch.no_grad()
+    def _look(self, unit: Unit, items: list[Item]) -> list[Outcome]:
+        """Visual tokens and input ids of these requests about a source; the outcomes of those without."""
+        failed = []
+        for item in items:
+            try:
+                media = {f"{unit.kind}s": unit.seen, **self._special(item.prompt)}
+                inputs = self.processor(text=item.prompt, guide_text=item.request.prompt, **media)
+                row = inputs.pop("input_ids")[0]
+                inputs.pop("attention_mask")
+                item.features = self.model.get_media_features(**inputs.to(self.model.device, self.model.dtype))
+                item.row = row
+            except Exception as error:
+                if is_fatal(error) or (unit.kind == "image" and is_memory(error)):  # whose tower runs in here
+                    raise
+                failed.append(self._failed(item, error))
+        return failed
 
     def _answer(self, items: list[Item]) -> list[Outcome]:
         """Of each item, in order."""
         if not items:
             return []
-        padded = len(items) * (max(item.length for item in items) + max(item.new_tokens for item in items))
+        padded = len(items) * self._positions(items)
         if padded <= self.budget or len(items) == 1:
             try:
                 return [Outcome(item.index, item.request.id, text) for item, text in zip(items, self._generate(items))]
             except Exception as error:
-                if "CUDA error" in str(error):  # nothing runs on this GPU any more
+                if is_fatal(error):
                     raise
                 if len(items) == 1:
                     return [self._failed(items[0], error)]
@@ -307,6 +325,15 @@ class BatchJob:
             release(self.model.device)
         half = len(items) // 2
         return [*self._answer(items[:half]), *self._answer(items[half:])]
+
+    def _positions(self, items: list[Item]) -> int:
+        """Of the key-value cache of a batch."""
+        needed = max(item.length for item in items) + max(item.new_tokens for item in items)
+        return cache_length(needed, getattr(self.model, PREVIOUS, 0)) if self.static else needed
+
+    def _forget_cache(self) -> None:
+        if self.static and hasattr(self.model, PREVIOUS):
+            setattr(self.model, PREVIOUS, -1)
 
     @torch.no_grad()
     def _generate(self, items: list[Item]) -> list[str]:
@@ -318,6 +345,8 @@ class BatchJob:
         for kind in MODALITIES:
             if rows := [row for item in items if kind in item.features for row in item.features[kind].pooler_output]:
                 features[kind] = PPLlavaVisualFeatures(pooler_output=tuple(rows))
+        if self._positions(items) < getattr(self.model, PREVIOUS, 0):
+            self._forget_cache()
         new = max(item.new_tokens for item in items)
         ids = padded["input_ids"]  # [N, S]
         output = self.model.generate(

@@ -63,9 +63,14 @@ def sentence(error: BaseException, limit: int = 600) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Whether there was too little memory; the CPU's allocator and cuBLAS raise plain RuntimeErrors."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether nothing runs on this GPU any more, in this process."""
+    return "CUDA error" in str(error) and not is_memory(error)
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -201,6 +206,7 @@ __all__ = [
     "MEANINGS",
     "Exit",
     "Failure",
+    "is_fatal",
     "is_memory",
     "note",
     "print_json",

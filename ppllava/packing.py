@@ -51,10 +51,17 @@ class Item:
 
 @dataclass
 class Unit:
-    """The requests about one source."""
+    """The requests about one source, "video" or "image".
+
+    seen  what the processor takes for it, once the vision tower has run, while requests still need it
+    left  requests that do
+    """
 
     items: list[Item]
+    kind: str
     opened: Opened | None = None
+    seen: list[Any] | None = None
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ def windows(items: Sequence[Item], size: int = WINDOW, frames: int | None = None
     videos that name neither frames nor rate."""
     units: dict[tuple, Unit] = {}
     for item in items:
-        units.setdefault(item.request.source.key(frames), Unit([])).items.append(item)
+        source = item.request.source
+        units.setdefault(source.key(frames), Unit([], source.kind)).items.append(item)
     window, count = [], 0
     for unit in units.values():
         window.append(unit)
@@ -127,8 +135,14 @@ def bytes_per_token(text_config: Any, dtype: torch.dtype) -> int:
     return dtype.itemsize * (kv + 6 * text_config.hidden_size + 3 * inner)
 
 
+def cache_length(needed: int, previous: int) -> int:
+    """Positions of a static cache: that of the batch before, unless half of it is enough. A smaller one is compiled, or
+    recorded, anew; transformers by itself never makes one."""
+    return max(needed, previous) if 2 * needed > previous else needed
+
+
 def default_memory(device: torch.device) -> int:
-    """Whole GiB, so that batches, and how their answers are rounded, do not hang on what else runs here."""
+    """Whole GiB, so that batches, and how their answers are rounded, hang little on what else runs here."""
     try:
         if device.type == "cuda":
             release(device)
@@ -156,6 +170,7 @@ __all__ = [
     "Outcome",
     "Unit",
     "bytes_per_token",
+    "cache_length",
     "check_options",
     "decode_answers",
     "default_memory",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .console import Exit, Failure, is_memory, note, quiet, sentence
+from .console import Exit, Failure, is_fatal, is_memory, note, quiet, sentence
 from .packing import WINDOW, Item, Outcome, windows
 from .request import Request
 from .running import JobSpec
@@ -145,6 +145,8 @@ class Worker:
                 del missing[outcome.index]
                 outcomes.append(replace(outcome, index=places[outcome.index]))
         except Exception as error:  # so that the other groups are answered
+            if is_fatal(error):
+                os._exit(70)  # another worker takes its place; this one would fail all groups that are left
             text = f"the worker failed: {sentence(error)}"
             outcomes += [Outcome(places[n], request.id, error=text) for n, request in missing.items()]
         return outcomes

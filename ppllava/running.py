@@ -70,7 +70,8 @@ class JobSpec:
         options = {}
         if self.compiled:
             network.model.vision_tower.compile()
-            options["cache_implementation"] = "static"
+            if network.device.type == "cuda":  # where transformers compiles the decoding step for it
+                options["cache_implementation"] = "static"
         return BatchJob(network, processor, self.max_new_tokens, self.memory, self.threads, options)
 
 

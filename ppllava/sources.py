@@ -43,6 +43,9 @@ class Opened(Protocol):
     def encode(self, loaded: Any) -> list[Any]:
         """What the processor takes for it, in any number of prompts."""
 
+    def looks_at_once(self, requests: int) -> bool:
+        """Whether the visual tokens of so many requests take no more memory than what :meth:`encode` gives."""
+
 
 class OpenedVideo:
     kind, placeholders = "video", 1
@@ -87,8 +90,8 @@ class OpenedVideo:
         need = patches * self.model.config.vision_config.hidden_size * self.model.dtype.itemsize
         if self.encoded is None and need > memory:
             raise ValueError(
-                f"the features of {count} frames take {need >> 20} MiB, more than the memory of {memory >> 20} MiB; "
-                "ask for fewer frames, or allow more memory"
+                f"the features of {count} frames take {need / 2**20:,.1f} MiB, more than the {memory / 2**20:,.1f} MiB "
+                "of memory; ask for fewer frames, or allow more"
             )
 
     def load(self) -> Frames | None:
@@ -99,6 +102,11 @@ class OpenedVideo:
             return decoded_frames(self.model, self.processor, frames)
         frames = file_frames(self.model, self.processor, self.reader, self.indices)
         return frames if self.bytes > SHORT else Frames(list(frames.chunks), frames.count, frames.timestamps)
+
+    def looks_at_once(self, requests: int) -> bool:
+        config = self.model.config
+        patches = self.frames * math.prod(config.patch_grid)
+        return requests * self.tokens * config.token_width <= patches * config.vision_config.hidden_size
 
     def encode(self, loaded: Frames | None) -> list[EncodedVideo]:
         return [encode_frames(self.model, self.processor, loaded) if self.encoded is None else self.encoded]
@@ -119,6 +127,9 @@ class OpenedImages:
 
     def load(self) -> list[Image.Image]:
         return [read_image(item) for item in self.items]
+
+    def looks_at_once(self, requests: int) -> bool:
+        return True  # the vision tower runs then, and may run out of memory
 
     def encode(self, loaded: list[Image.Image]) -> list[Image.Image]:
         return loaded

@@ -385,7 +385,8 @@ def _local_file(path: str) -> str:
     if not os.path.exists(path):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
             raise VideoError(f"{path}: is a URL, and only local files are read; download it and pass the file's path")
-        raise VideoNotFoundError(f"{path}: there is no such file; check the path, relative ones start at {os.getcwd()}")
+        where = "" if os.path.isabs(path) else f", relative ones start at {os.getcwd()}"
+        raise VideoNotFoundError(f"{path}: there is no such file; check the path{where}")
     if not os.path.isfile(path):
         kind = "a directory" if os.path.isdir(path) else "not a regular file"
         raise VideoError(f"{path}: is {kind}; pass the path of one video file")

@@ -10,6 +10,7 @@ from PIL import Image
 
 import ppllava
 from ppllava import EncodedVideo, batching, packing, video
+from ppllava.console import is_fatal, is_memory
 
 
 def mixed(folder):
@@ -209,6 +210,32 @@ def test_a_model_and_a_processor_that_pool_differently(made):
     made[0].config.pooling_max_tokens = 4
     with pytest.raises(ValueError, match="model and processor must pool alike"):
         ppllava.batch(*made, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "fatal"),
+    [
+        ("CUDA error: an illegal memory access was encountered", False, True),
+        ("CUDA error: out of memory", True, False),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True, False),
+        ("[enforce fail] DefaultCPUAllocator: not enough memory", True, False),
+        ("a shape is wrong", False, False),
+    ],
+)
+def test_errors_that_end_a_job(made, folder, monkeypatch, text, memory, fatal):
+    assert (is_memory(RuntimeError(text)), is_fatal(RuntimeError(text))) == (memory, fatal)
+
+    def fail(**kwargs):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(made[0], "generate", fail)
+    answers = ppllava.batch(*made, [ask(folder / "0.mp4", frames=2)])
+    if fatal:
+        with pytest.raises(RuntimeError, match=text):
+            list(answers)
+    else:
+        [answer] = answers
+        assert ("out of memory even alone" in answer["error"]) == memory
 
 
 def test_ids_of_what_is_refused(made):

@@ -9,7 +9,7 @@ from batch_fixtures import ask, folder, made
 from PIL import Image
 
 import ppllava
-from ppllava import BatchWarning, sources
+from ppllava import BatchWarning, batching, packing, sources
 from ppllava.packing import Item
 
 
@@ -92,7 +92,8 @@ def test_the_vision_tower_takes_fewer_frames_where_they_do_not_fit(made, folder)
 
 def test_a_video_too_long_for_the_memory(made, folder):
     [answer] = ppllava.batch(*made, [ask(folder / "0.mp4", frames=1 << 20)], memory=64 << 20)
-    assert "the features of 1048576 frames take 9216 MiB, more than the memory of 64 MiB" in answer["error"]
+    message = "the features of 1048576 frames take 9,216.0 MiB, more than the 64.0 MiB of memory; ask for fewer frames"
+    assert message in answer["error"]
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "memory", "workers"])
@@ -178,3 +179,48 @@ def test_decoded_clips_are_not_copied_before_their_turn(made, monkeypatch):
     requests = [{"id": n, "video": list(clip), "prompt": "a", "max_new_tokens": 1} for n in range(24)]
     assert all("answer" in answer for answer in ppllava.batch(*made, requests))
     assert held == [16, 8, 0]
+
+
+def test_many_questions_about_one_clip_wait_without_their_tokens(made, folder, monkeypatch):
+    held, seen, generate = [], [], made[0].generate
+
+    def watched(**kwargs):
+        gc.collect()
+        held.append(sum(isinstance(x, Item) and x.row is not None for x in gc.get_objects()))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(made[0], "generate", watched)
+    made[0].model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    requests = [ask(folder / "0.mp4", "What?" * n, frames=2) for n in range(1, 41)]
+    assert all("answer" in answer for answer in ppllava.batch(*made, requests))
+    assert held == [8] * 5
+    assert seen == [2]
+
+
+def test_a_static_cache_stays_within_the_memory(made, folder, monkeypatch):
+    model, calls = made[0], []
+    generate = model.generate
+
+    def watched(input_ids, **kwargs):
+        output = generate(input_ids=input_ids, **kwargs)
+        calls.append((len(input_ids), getattr(model, batching.PREVIOUS, 0)))
+        return output
+
+    monkeypatch.setattr(model, "generate", watched)
+    requests = [ask(folder / "0.mp4", "a" * 1000, frames=2, max_new_tokens=3)]
+    requests += [ask(folder / "0.mp4", "a" * n, frames=2, max_new_tokens=3) for n in range(1, 20)]
+    memory = 1100 * packing.bytes_per_token(model.config.text_config, torch.float64)
+    expected = list(ppllava.batch(*made, requests))
+    calls.clear()
+    static = {"cache_implementation": "static", "memory": memory}
+    assert list(ppllava.batch(*made, requests, **static)) == expected
+    assert all(count * length <= 1100 for count, length in calls)
+    assert max(count for count, _ in calls) == 8
+    lengths = [length for _, length in calls]
+    assert len(set(lengths)) == 2  # one for the long prompt, one for all others
+    assert list(ppllava.batch(*made, requests, **static)) == expected  # and again, after a short one
+
+
+@pytest.mark.parametrize(("needed", "previous", "length"), [(10, 0, 10), (10, 19, 19), (10, 20, 10), (30, 20, 30)])
+def test_a_static_cache_shrinks_by_half(needed, previous, length):
+    assert packing.cache_length(needed, previous) == length

@@ -234,16 +234,30 @@ def test_a_group_that_fails_loses_no_request():
         def run(self, requests, done):
             assert done == {0}
             yield Outcome(2, requests[2].id, "yes")
-            raise RuntimeError("CUDA error:\nan illegal access")
+            raise RuntimeError("a bug:\nof ours")
 
     kinds, values = zip(*(json.loads(given["json"]) for given in worker(Job())(row(4, [5, 6, 7, 9], [5]))))
     assert set(kinds) == {"outcome"}
-    text = "the worker failed: CUDA error: an illegal access"
+    text = "the worker failed: a bug: of ours"
     assert [(value["index"], value["answer"], value["error"]) for value in values] == [
         (7, "yes", None),
         (6, None, text),
         (9, None, text),
     ]
+
+
+def test_a_worker_whose_gpu_is_lost_ends(monkeypatch):
+    class Job:
+        def run(self, requests, done):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            yield
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(ray_engine.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="70"):
+        worker(Job())(row(2, [0, 1]))
 
 
 def test_what_workers_warn_of_is_noted():

@@ -284,7 +284,7 @@ def test_compiled_answers_are_the_same(run, tmp_path, monkeypatch):
     with torch.compiler.set_stance("force_eager"):  # the compiler is not what is tested
         answers, result = run([{}, {"image": "i.png"}], "--compile", out=tmp_path / "compiled.jsonl")
     assert (result.exit_code, answers) == (0, expected)
-    assert caches == [None, "static"]
+    assert caches == [None, None]  # on a CPU the decoding step is not compiled
     assert compiled == [False, True]
 
 

@@ -187,6 +187,24 @@ def test_a_wrong_op_gets_no_time(monkeypatch, tmp_path, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_a_larger_batch_that_is_wrong_fails_the_command(monkeypatch, tmp_path):
+    trouble = video_sweep.Sweep._trouble
+    monkeypatch.setattr(
+        video_sweep.Sweep, "_trouble", lambda *args: "lost" if args[1].videos.batch > 1 else trouble(*args)
+    )
+    assert command(tmp_path, "--repeats", "1", "--frames", "4") == 1
+    rows = report.read(tmp_path / "throughput.json", "throughput")["rows"]
+    assert {row["batch"]: row["status"] for row in rows} == {1: "ok", 2: "wrong"}
+    assert not any(row["searched"] for row in rows)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there(device, capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse(["--device", device])
+    assert f"--device must be one of this machine, got '{device}'" in capsys.readouterr().err
+
+
 def test_nan_in_the_logits_gets_no_time(monkeypatch, tmp_path):
     change_models(monkeypatch, lambda models: models[PEER].lm_head.weight.data[5].fill_(torch.nan))
     assert once(tmp_path) == 1

@@ -105,6 +105,9 @@ def test_missing_file_and_directory(tmp_path, monkeypatch, backend):
         open_video("nowhere.mp4", backend)
     expected = f"nowhere.mp4: there is no such file; check the path, relative ones start at {tmp_path}"
     assert (message(error), isinstance(error.value, VideoError)) == (expected, True)
+    with pytest.raises(FileNotFoundError) as error:
+        open_video(tmp_path / "nowhere.mp4", backend)
+    assert message(error) == f"{tmp_path / 'nowhere.mp4'}: there is no such file; check the path"
     with pytest.raises(VideoError) as error:
         open_video(tmp_path, backend)
     assert message(error) == f"{tmp_path}: is a directory; pass the path of one video file"
