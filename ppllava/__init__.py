@@ -14,6 +14,7 @@ from .modeling_ppllava import (
 )
 from .processing_ppllava import PPLlavaProcessor
 from .stretch import stretch_position_embedding, stretch_text_model
+from .swap import compress
 from .visual_features import PPLlavaVisualFeatures
 
 AutoConfig.register("ppllava", PPLlavaConfig)
@@ -37,6 +38,7 @@ __all__ = [
     "PPLlavaVisualFeatures",
     "__version__",
     "batch",
+    "compress",
     "encode_video",
     "stretch_position_embedding",
     "stretch_text_model",

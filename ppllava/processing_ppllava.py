@@ -25,6 +25,7 @@ from transformers.processing_utils import TextKwargs
 
 from .configuration_ppllava import PPLlavaConfig
 from .encoding import EncodedVideo
+from .guide_text import check_questions, last_question, last_turn, tokenize_questions
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
@@ -205,9 +206,12 @@ class PPLlavaProcessor(ProcessorMixin):
             inputs, video_runs = self._videos(clips, options.get("num_frames"), options.get("fps"))
             data.update(inputs)
         if data and self.visual_pooling.guided:
-            guides = self._guides(prompts, guide_text, [a + b for a, b in zip(image_counts, video_counts)])
+            counts = [a + b for a, b in zip(image_counts, video_counts)]
+            tokens = (self.image_token, self.video_token)
+            guides = check_questions(prompts, guide_text, counts, lambda one: last_turn(one, self.turn_markers, tokens))
             rows = [guide for guide, n in zip(guides, image_counts) if n]  # one for each group
-            data.update(self._tokenize_guide(rows + [g for g, n in zip(guides, video_counts) for _ in range(n)]))
+            rows += [guide for guide, n in zip(guides, video_counts) for _ in range(n)]
+            data.update(tokenize_questions(self.guide_tokenizer, rows, self.guide_max_length, self.guide_padding))
         prompts, offsets = self.get_text_with_replacements(list(prompts), image_runs, video_runs)
         options = {"padding": True, **kwargs, **(text_kwargs or {}), "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **options)
@@ -225,7 +229,7 @@ class PPLlavaProcessor(ProcessorMixin):
         for messages in conversations:
             self._check_blocks(messages, bool(kwargs.get("tokenize")))
         if kwargs.get("tokenize"):
-            guides = [_question(messages) for messages in conversations]
+            guides = [last_question(messages) for messages in conversations]
             # transformers 5.20 drops processor_kwargs where one of these comes as a plain argument.
             ours = self._known_names() - {*inspect.signature(ProcessorMixin.apply_chat_template).parameters}
             plain = {name: kwargs.pop(name) for name in ours.intersection(kwargs)}
@@ -392,69 +396,9 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError(f"text must be a prompt or a list of prompts, got {got}; {self.video_token} marks a video")
         return prompts
 
-    def _guides(self, prompts: list[str], guide_text: str | Sequence[str] | None, counts: list[int]) -> list[str]:
-        """The question of each prompt."""
-        if guide_text is None:
-            guides = [self._last_turn(prompt) for prompt in prompts]
-        else:
-            guides = [guide_text] * len(prompts) if isinstance(guide_text, str) else list(guide_text)
-        if len(guides) != len(prompts):
-            raise ValueError(
-                f"guide_text must be one question, or one for each of the {len(prompts)} prompts, got {len(guides)}"
-            )
-        for i, (guide, count) in enumerate(zip(guides, counts)):
-            if not isinstance(guide, str):
-                raise ValueError(f"guide_text must be text, got {guide!r} for prompt {i}; pass the question")
-            if count and not guide.strip():
-                raise ValueError(
-                    f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a "
-                    "question, or pass guide_text"
-                )
-        return guides
-
-    def _last_turn(self, prompt: str) -> str:
-        before, after = self.turn_markers
-        turn = prompt.rpartition(before)[2].partition(after)[0]
-        return turn.replace(self.image_token, "").replace(self.video_token, "").strip()
-
-    def _tokenize_guide(self, guides: list[str]) -> dict[str, Tensor]:
-        """guide_input_ids and guide_attention_mask [B, L]; a question that is too long keeps its start and EOS."""
-        limit = self.guide_max_length
-        rows = []
-        for ids in self.guide_tokenizer(guides, verbose=False)["input_ids"]:
-            if len(ids) > limit:
-                warnings.warn(
-                    f"guide_text of {len(ids)} tokens is longer than the {limit} of the guide: its last "
-                    f"{len(ids) - limit} tokens are lost; pass a shorter guide_text",
-                    stacklevel=3,
-                )
-                ids = [*ids[: limit - 1], ids[-1]]
-            rows.append(ids)
-        padded = self.guide_tokenizer.pad(
-            {"input_ids": rows},
-            padding=self.guide_padding,
-            max_length=limit,
-            padding_side="right",
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        inputs = {"guide_input_ids": padded["input_ids"]}
-        if self.guide_padding == "longest":
-            inputs["guide_attention_mask"] = padded["attention_mask"]
-        return inputs
-
 
 def _packed(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # an hour of features is not copied
-
-
-def _question(messages: Any) -> str:
-    """The text of the last user turn of a conversation."""
-    turns = [message for message in getattr(messages, "messages", messages) if message["role"] == "user"]
-    content = turns[-1].get("content") or "" if turns else ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(block.get("text") or "" for block in content if block.get("type") == "text")
 
 
 __all__ = ["PPLlavaProcessor"]
