@@ -1,6 +1,8 @@
 # Everything here makes its own environment in .venv; a second run finds it ready.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What `make smoke` loads the Kernel Hub folder with.
+KERNELS ?= kernels==0.17.2
 VENV := .venv
 # Where results go; by default benchmarks/results/<device>/.
 OUT ?=
@@ -9,7 +11,7 @@ RESUME ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: benchmark test lint format table dist smoke gpu clean
+.PHONY: benchmark test lint format table dist hub smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
@@ -39,8 +41,11 @@ dist: $(VENV)/ready  ## sdist and wheel in dist/
 	rm -rf dist build
 	$(BIN)/python -m build --no-isolation
 
-smoke: dist  ## install the wheel into a second, fresh environment and use it outside of the checkout
-	$(PYTHON) tests/smoke.py "$(TORCH)" dist/*.whl
+hub: $(VENV)/ready  ## the folder that get_local_kernel of the package kernels loads, in hub/ppllava-kernels/
+	$(BIN)/python hub/build.py
+
+smoke: dist hub  ## the hub folder and the wheel in a second, fresh environment, outside of the checkout
+	$(PYTHON) tests/smoke.py "$(TORCH)" "$(KERNELS)" hub/ppllava-kernels dist/*.whl
 
 gpu:  ## the GPU round, without network or .venv, in ten minutes: build, test, compute-sanitizer, benchmarks, tables
 	$(PYTHON) -m benchmarks.gpu_round $(if $(OUT),--out $(OUT)) $(if $(RESUME),--resume)
@@ -54,4 +59,4 @@ $(VENV)/ready: pyproject.toml setup.py $(filter csrc/%,$(SOURCES))
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist hub/ppllava-kernels *.egg-info

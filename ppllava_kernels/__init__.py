@@ -1,5 +1,6 @@
 """Prompt-guided compression of video tokens: relevance scoring, softmax weighting and 3D pooling as fused ops."""
 
+from . import layers as layers
 from .backends import compatible_backends, why_not
 from .functional import (
     prompt_guided_pool3d,

@@ -21,7 +21,8 @@ from .guides import SwapGuide, to_grid
 from .windows import Size, Windows, resample
 
 GUIDE = ("guide_input_ids", "guide_attention_mask")
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# Video-LLaVA's images have the second name before transformers 5.23.
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
 class CompressedLLM:
@@ -60,15 +61,16 @@ class CompressedModel:
         """As the model's own; images and videos are encoded before."""
         outputs = {kind: x for kind, x in (mm_encoder_outputs or {}).items() if x is not None}
         for kind, names in self.encoders.items():
-            if kwargs.get(PIXELS[kind]) is None:
+            given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            pixels = given.keys() & PIXELS[kind]
+            if not pixels:
                 continue
             if kind in outputs:
                 raise ValueError(
-                    f"{PIXELS[kind]} and mm_encoder_outputs[{kind!r}] are the same {kind}s twice; pass one of them"
+                    f"{pixels.pop()} and mm_encoder_outputs[{kind!r}] are the same {kind}s twice; pass one of them"
                 )
-            given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             outputs[kind] = getattr(self, f"get_{kind}_features")(**given, return_dict=True)
-        gone = {*PIXELS.values(), *self.extra}
+        gone = {*PIXELS["image"], *PIXELS["video"], *self.extra}
         kwargs = {name: value for name, value in kwargs.items() if name not in gone}
         return super().forward(input_ids=input_ids, mm_encoder_outputs=outputs or None, **kwargs)
 

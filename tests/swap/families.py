@@ -19,10 +19,6 @@ SIGLIP = dict(model_type="siglip_vision_model", image_size=56, patch_size=8, **S
 # Weights large enough that one token changes the logits visibly.
 LLM = dict(num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=4096, **(SIZES | {"hidden_size": 48}))
 LLM["num_attention_heads"] = 4
-GRID = {"<pad>": 0, "<s>": 1, "</s>": 2}
-# Prompts around a question, with and without its video.
-VICUNA = ("USER: <video>\n{} ASSISTANT:", "USER: {} ASSISTANT:")
-CHATML = ("<|im_start|>user\n{video}{}<|im_end|>\n<|im_start|>assistant\n",)
 NAMES = ("llava_next_video", "llava_onevision", "video_llava", "qwen2_5_vl", "qwen3_vl", "internvl")
 OWN = ("llava_next_video", "llava_onevision", "video_llava")  # whose towers can be the guide's
 
@@ -115,9 +111,9 @@ def _qwen(name: str, vision: dict, **text):
 
 def qwen2_5_vl():
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-    vision = {"patch_size": 7, "window_size": 28, "out_hidden_size": 48, "fullatt_block_indexes": [1]}
+    vision = {"patch_size": 8, "window_size": 32, "out_hidden_size": 48, "fullatt_block_indexes": [1]}
     model, words = _qwen("Qwen2_5_VL", vision, rope_parameters=rope)
-    sizes = {"patch_size": 7, "size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}}
+    sizes = {"patch_size": 8, "size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}}
     video = transformers.Qwen2VLVideoProcessor(**sizes, cap_pixels_per_frame=False)
     return model, transformers.Qwen2_5_VLProcessor(transformers.Qwen2VLImageProcessor(**sizes), words, video)
 
@@ -176,9 +172,10 @@ def prompt(name: str, question: str, kind: str | None = "video") -> str:
     return f"<|im_start|>user\n{media}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def clip(frames: int, seed: int = 0, height: int = 56, width: int = 84) -> np.ndarray:
-    """uint8 [T, H, W, 3]"""
-    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+def clip(frames: int, seed: int = 0, height: int = 64, width: int = 80) -> np.ndarray:
+    """uint8 [T, H, W, 3], smooth enough that patches differ in what CLIP sees; Qwen3-VL does not resize it."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (frames, height // 8, width // 8, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
 def guide(kind: str = "clip", tower=None):
