@@ -1,6 +1,9 @@
 # Everything here makes its own environment in .venv; a second run finds it ready.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Beside .venv, for the tests of other video LLMs: what their processors need, for this PyTorch, and an old transformers.
+TORCHVISION ?= torchvision==0.28.0
+OLDEST ?= transformers==5.20.0
 # What `make smoke` loads the Kernel Hub folder with.
 KERNELS ?= kernels==0.17.2
 VENV := .venv
@@ -24,8 +27,10 @@ benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on thi
 table: $(VENV)/ready  ## the tables of README and docs, from the JSON that is there
 	$(BIN)/python -m benchmarks.table
 
-test: $(VENV)/ready  ## all tests that this machine can run
+test: $(VENV)/ready $(VENV)/swap/ready  ## all tests that this machine can run
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+	PYTHONPATH=$(VENV)/swap/torchvision $(BIN)/python -m pytest -n auto tests/swap
+	PYTHONPATH=$(VENV)/swap/torchvision:$(VENV)/swap/oldest $(BIN)/python -m pytest -n auto tests/swap
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
@@ -56,6 +61,13 @@ $(VENV)/ready: pyproject.toml setup.py $(filter csrc/%,$(SOURCES))
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
+	touch $@
+
+# Not in .venv: PyPI's torchvision is built for CUDA, and transformers takes it for one that works.
+$(VENV)/swap/ready: $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D)/torchvision "$(TORCHVISION)"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D)/oldest "$(OLDEST)"
 	touch $@
 
 clean:

@@ -128,7 +128,9 @@ def compress(
     """
     family = _family(model)
     if isinstance(processor, processors.CompressedProcessor):
-        raise ValueError(f"processor must not be compressed yet, got {type(processor).__name__}; pass its `swapped`")
+        raise ValueError(
+            f"processor must not be compressed yet, got {type(processor).__qualname__}; pass its `swapped`"
+        )
     if not isinstance(processor, getattr(transformers, family.processor)):
         raise TypeError(
             f"processor must be the {family.processor} of {type(model).__name__}, got {type(processor).__name__}; load "
@@ -147,12 +149,12 @@ def compress(
         tokens = processors.GuideTokens(tokenizer, prompt_guide.max_length, prompt_guide.padding)
     new = _twin(processor, family.processor_mixin)
     new.windows, new.guide, new.config, new.swapped = windows, tokens, model.config, processor
-    return _twin_model(model, family.model_mixin, windows, prompt_guide), new
+    return compress_model(model, windows, prompt_guide), new
 
 
 def _family(model: Any) -> Family:
     if isinstance(model, models.CompressedLLM):
-        raise ValueError(f"model must not be compressed yet, got {type(model).__name__}; pass model.swapped_model")
+        raise ValueError(f"model must not be compressed yet, got {type(model).__qualname__}; pass model.swapped_model")
     for family in FAMILIES:
         if isinstance(model, getattr(transformers, family.model)):
             return family
@@ -163,9 +165,10 @@ def _family(model: Any) -> Family:
     )
 
 
-def _twin_model(
-    model: PreTrainedModel, mixin: type, windows: Windows, prompt_guide: nn.Module | None
-) -> PreTrainedModel:
+def compress_model(model: PreTrainedModel, windows: Windows, prompt_guide: SwapGuide | None) -> PreTrainedModel:
+    """The model of :func:`compress` alone, whose inputs are then made without its processor; `windows` are those of
+    both, and a `prompt_guide` of None is the plain mean."""
+    mixin = _family(model).model_mixin
     base = _twin(model.model, mixin)
     base.windows = windows
     base._modules["prompt_guide"] = prompt_guide
@@ -186,7 +189,10 @@ def _twin(original: Any, mixin: type, extra: tuple[str, ...] = ()) -> Any:
     new = object.__new__(_subclass(mixin, type(original), extra))
     new.__dict__.update(original.__dict__)
     if isinstance(original, nn.Module):
-        new.__dict__["_modules"] = dict(original._modules)
+        # Children and hooks that one of the two gets are not the other's; parameters and buffers are.
+        for name, value in original.__dict__.items():
+            if isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers"):
+                new.__dict__[name] = copy.copy(value)
         # accelerate's hooks are bound to the module that they were put on.
         if (hook := new.__dict__.pop("_hf_hook", None)) is not None:
             from accelerate.hooks import add_hook_to_module
@@ -199,10 +205,11 @@ def _twin(original: Any, mixin: type, extra: tuple[str, ...] = ()) -> Any:
 
 @functools.cache
 def _subclass(mixin: type, original: type, extra: tuple[str, ...]) -> type:
-    members = {"__module__": __name__, "__doc__": mixin.__doc__}
+    # Of the same name, by which transformers looks up what belongs to a class.
+    members = {"__module__": __name__, "__qualname__": f"Compressed{original.__name__}", "__doc__": mixin.__doc__}
     if extra:
         members["forward"] = _with_arguments(original.forward, extra)
-    return type(f"Compressed{original.__name__}", (mixin, original), members)
+    return type(original.__name__, (mixin, original), members)
 
 
 def _with_arguments(forward: Callable, extra: tuple[str, ...]) -> Callable:
@@ -219,4 +226,4 @@ def _with_arguments(forward: Callable, extra: tuple[str, ...]) -> Callable:
     return with_extra
 
 
-__all__ = ["FAMILIES", "compress"]
+__all__ = ["FAMILIES", "compress", "compress_model"]

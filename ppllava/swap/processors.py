@@ -109,7 +109,7 @@ class CompressedProcessor:
         return self.swapped.to_dict()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.windows}, of {self.swapped!r})"
+        return f"{type(self).__qualname__}({self.windows}, of {self.swapped!r})"
 
 
 class PackedVideos(CompressedProcessor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 
 import torch
@@ -109,19 +108,16 @@ def resample(relevance: Tensor, grid: tuple[int, int]) -> Tensor:
     (height, width), (rows, columns) = relevance.shape[1:], grid
     if (height, width) == (rows, columns):
         return relevance
-    down = torch.tensor(_shares(height, rows), dtype=relevance.dtype, device=relevance.device)  # [H, h]
-    across = torch.tensor(_shares(width, columns), dtype=relevance.dtype, device=relevance.device)  # [W, w]
+    down, across = _shares(height, rows, relevance), _shares(width, columns, relevance)  # [H, h], [W, w]
     return down @ relevance @ across.T
 
 
-@cache
-def _shares(patches: int, tokens: int) -> list[list[float]]:
-    """[tokens][patches]: the share of each patch that lies in each token, both spread over one length."""
-
-    def share(o: int, i: int) -> float:
-        return max(0, min((o + 1) * patches, (i + 1) * tokens) - max(o * patches, i * tokens)) / tokens
-
-    return [[share(o, i) for i in range(patches)] for o in range(tokens)]
+def _shares(patches: int, tokens: int, like: Tensor) -> Tensor:
+    """[tokens, patches]: the share of each patch that lies in each token, both spread over one length."""
+    o = torch.arange(tokens, device=like.device)[:, None]
+    i = torch.arange(patches, device=like.device)
+    overlap = torch.minimum((o + 1) * patches, (i + 1) * tokens) - torch.maximum(o * patches, i * tokens)
+    return overlap.clamp(min=0).to(like.dtype) / tokens
 
 
 __all__ = ["Windows", "resample"]

@@ -170,6 +170,8 @@ def test_the_originals_stay_as_they_are(name):
     compressed, new = ppllava.compress(model, processor, guide=families.guide(), **WINDOWS["blocks"])
     answers(compressed, ask(name, new))
     compressed.generation_config.max_length = 7
+    compressed.register_forward_hook(lambda *_: 1 / 0)
+    compressed.model.extra = torch.nn.Identity()
     assert isinstance(compressed, type(model))
     assert isinstance(new, type(processor))
     assert {id(x) for x in model.parameters()} <= {id(x) for x in compressed.parameters()}

@@ -1,0 +1,58 @@
+"""docs/swap.md's code for models of one's own runs; and the mean of the op is AdaptiveAvgPool3d."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close
+from torch import nn
+
+from benchmarks import gate
+from ppllava_kernels import weighted_pool3d
+
+PAGE = (Path(__file__).parent.parent / "docs" / "swap.md").read_text()
+SIZES = [
+    ((1, 16, 24, 24, 64), (16, 12, 12)),  # PLLaVA's
+    ((2, 8, 8, 16, 33), (4, 2, 8)),
+]
+
+
+def test_code_blocks_run():
+    namespace = {}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/swap.md", "exec"), namespace)
+    home_grown = re.search(r"class VideoLLM.*?\n\n\n|class VideoLLM.*$", blocks[0], re.DOTALL)[0]
+    assert len(home_grown.strip().splitlines()) <= 30
+    # With the mean in the place of the guide the replacement is the model that it replaced.
+    plain = namespace["VideoLLM"]().eval()
+    swapped = namespace["PromptGuidedVideoLLM"]().eval()
+    swapped.load_state_dict(plain.state_dict())
+    swapped.pool = lambda tokens, features, ids: weighted_pool3d(tokens, None, kernel_size=(2, 3, 3))
+    inputs = torch.randn(1, 3, 4, 126, 126), torch.randint(0, 1000, (1, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(swapped(*inputs), plain(*inputs))
+
+
+def of_torch(values, output_size):
+    return nn.AdaptiveAvgPool3d(output_size)(values.movedim(-1, 1)).movedim(1, -1)
+
+
+@pytest.mark.parametrize(("shape", "output_size"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_of_whole_numbers_is_that_of_torch_to_the_bit(shape, output_size, dtype, backend):
+    """Windows of 2, 4 or 8 patches: no sum and no quotient rounds, in whatever order."""
+    values = torch.randint(-8, 9, shape).to(dtype)
+    pooled = weighted_pool3d(values, None, output_size=output_size, backend=backend)
+    assert torch.equal(pooled, of_torch(values, output_size))
+
+
+@pytest.mark.parametrize(("shape", "output_size"), [*SIZES, ((1, 7, 10, 11, 24), (3, 4, 5))])
+def test_any_mean_is_that_of_torch(shape, output_size, backend):
+    values = torch.randn(shape)
+    others = [of_torch(gate.nudged(values, seed), output_size).float() for seed in range(gate.RUNS)]
+    exact = of_torch(values.double(), output_size)
+    pooled = weighted_pool3d(values, None, output_size=output_size, backend=backend)
+    assert_close("pooled", pooled, [of_torch(values, output_size), *others], exact)
