@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, SiglipModel
 from transformers.image_utils import (
@@ -95,9 +97,8 @@ class SwapGuide(nn.Module):
     def look(self, frames: Tensor) -> Tensor:
         """:meth:`prepare` d frames [F, 3, S, S] -> features [F, h, w, V] of the guide's own tower."""
         frames = frames.to(self.guide.norm.weight.dtype)
-        step = len(frames) if torch.is_grad_enabled() else FRAMES
-        outputs = [self.tower(part, output_hidden_states=True).hidden_states[self.layer] for part in frames.split(step)]
-        return to_grid(torch.cat(outputs), self.guide.config.patch_grid)
+        outputs = [self.tower(part, output_hidden_states=True).hidden_states for part in frames.split(FRAMES)]
+        return to_grid(torch.cat([states[self.layer] for states in outputs]), self.guide.config.patch_grid)
 
     def relevance(
         self, features: Tensor, guide_input_ids: Tensor, guide_attention_mask: Tensor | None, frames: Sequence[int]
@@ -123,8 +124,12 @@ def same_tower(tower: PreTrainedModel | None, other: PreTrainedModel) -> bool:
     names = ("hidden_size", "intermediate_size", "image_size", "patch_size", "num_attention_heads")
     if any(getattr(tower.config, name) != getattr(other.config, name) for name in names):
         return False
-    pair = [model.embeddings.patch_embedding.weight.detach().flatten().float() for model in (tower, other)]
-    return F.cosine_similarity(pair[0], pair[1].to(pair[0].device), dim=0).item() > 0.5
+    pair = []
+    for layer in (tower.embeddings.patch_embedding, other.embeddings.patch_embedding):
+        # Where accelerate has offloaded it, it is there for a moment.
+        with align_module_device(layer, "cpu") if layer.weight.is_meta else nullcontext():
+            pair.append(layer.weight.detach().to("cpu", torch.float32).flatten())
+    return F.cosine_similarity(*pair, dim=0).item() > 0.5
 
 
 def load_guide(guide: Any, model: PreTrainedModel, tower: PreTrainedModel | None) -> tuple[PreTrainedModel, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
-from transformers.video_utils import make_batched_videos
+from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from ..guide_text import check_questions, last_question, last_turn, tokenize_questions
 from ..templates import QWEN_MARKERS, VICUNA_MARKERS
@@ -117,11 +117,11 @@ class PackedVideos(CompressedProcessor):
     `video_frames` int64 [B]."""
 
     def _process_videos(self, videos, **kwargs) -> tuple[dict[str, Any], list[str]]:
-        clips, metadata = make_batched_videos(videos), kwargs.pop("video_metadata", None)
+        clips, metadata, parts = make_batched_videos(videos), kwargs.pop("video_metadata", None), []
+        metadata = [metadata] * len(clips) if metadata is None else make_batched_metadata(videos, metadata)
         kwargs["return_tensors"] = "pt"
-        parts = []
-        for i, clip in enumerate(clips):
-            given = {} if metadata is None else {"video_metadata": [metadata[i]]}
+        for clip, one in zip(clips, metadata):
+            given = {} if one is None else {"video_metadata": [one]}
             parts.append(self.video_processor([clip], **given, **kwargs))
         pixels = [part["pixel_values_videos"][0] for part in parts]  # of each [T, 3, S, S]
         if len({clip.shape[1:] for clip in pixels}) > 1:

@@ -2,13 +2,24 @@
 
 import warnings
 
+import accelerate
 import by_hand
 import families
 import pytest
 import torch
 import transformers
+from close import assert_close
 from safetensors.torch import load_model
-from test_families import CLIPS, QUESTIONS, WINDOWS, answers, ask, check_against_hand
+from test_families import (
+    CLIPS,
+    QUESTIONS,
+    WINDOWS,
+    answers,
+    as_double,
+    ask,
+    check_against_hand,
+    in_float64,
+)
 
 import ppllava
 from ppllava.swap.guides import KNOWN
@@ -84,6 +95,21 @@ def test_bfloat16(name):
     compressed, new = ppllava.compress(model.bfloat16(), processor, guide=(guide.bfloat16(), words), **BLOCKS)
     assert compressed(**ask(name, new)).logits.dtype == torch.bfloat16
     answers(compressed, ask(name, new))
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@family()
+def test_on_a_gpu(name):
+    model, processor = families.build(name)
+    guide, words = families.guide()
+    compressed, new = ppllava.compress(model, processor, guide=(guide, words), **BLOCKS)
+    inputs = ask(name, new)
+    here, doubled = compressed(**inputs).logits, as_double(inputs)
+    exact, *nudged = [in_float64(compressed, seed)(**doubled).logits for seed in (None, 1, 2, 3)]
+    there = compressed.cuda()(**inputs.to("cuda")).logits
+    assert_close("logits", there.cpu(), [here, *nudged], exact)
+    answers(compressed, inputs, cache_implementation="static")
 
 
 @torch.no_grad()
@@ -213,14 +239,35 @@ def test_auto_knows_the_towers_that_video_llms_are_built_on(monkeypatch):
     assert asked == ["a/clip"]
 
 
-def test_hooks_of_accelerate_move_inputs_of_the_compressed_model():
-    accelerate = pytest.importorskip("accelerate")
+@torch.no_grad()
+@pytest.mark.parametrize("own", [False, True])
+def test_an_offloaded_model(own):
     model, processor = families.build("llava_next_video")
-    expected, new = ppllava.compress(model, processor, guide=families.guide(), **BLOCKS)
-    logits = expected(**ask("llava_next_video", new)).logits
+    guide = families.guide("clip", model.model.vision_tower if own else None)
+    expected, new = ppllava.compress(model, processor, guide=guide, **BLOCKS)
+    inputs = ask("llava_next_video", new)
+    logits = expected(**inputs).logits
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    compressed, new = ppllava.compress(model, processor, guide=families.guide(), **BLOCKS)
-    assert torch.equal(compressed(**ask("llava_next_video", new)).logits, logits)
+    assert model.lm_head.weight.is_meta
+    compressed, new = ppllava.compress(model, processor, guide=guide, **BLOCKS)
+    assert (compressed.prompt_guide.tower is None) == own
+    assert torch.equal(compressed(**inputs).logits, logits)
+    assert answers(compressed, inputs) == answers(expected, inputs)
+
+
+def test_metadata_of_videos():
+    """What is said of each clip goes with it; sampling by frames a second needs it."""
+    _, new = ppllava.compress(*families.built("llava_next_video"), guide=None, kernel_size=1)
+    given = {
+        "text": ["<video>", "<video>"],
+        "videos": CLIPS,
+        "do_sample_frames": True,
+        "fps": 2,
+        "return_tensors": "pt",
+    }
+    metadata = [{"total_num_frames": len(clip), "fps": fps} for clip, fps in zip(CLIPS, (4, 5))]
+    inputs = new(**given, video_metadata=metadata, padding=True, return_tensors="pt")
+    assert inputs["video_frames"].tolist() == [4, 2]
 
 
 def test_long_questions_lose_their_end_with_a_warning():
