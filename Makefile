@@ -21,6 +21,7 @@ benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on thi
 	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.projector $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.steps $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m benchmarks.swap $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.fp8 $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.table
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import report, steps_chart, video_chart
+from . import report, steps_chart, swap_chart, video_chart
 from .report import (
     COMPILED_ORIGINAL,
     COMPILED_REFERENCE,
@@ -217,6 +217,11 @@ def draw_steps(path: Path) -> str:
     return _draw(path, "steps", steps_chart.figure)
 
 
+def draw_swap(path: Path) -> str:
+    """As `draw_roofline`: how many times better compressed models are than those of transformers."""
+    return _draw(path, "swap", swap_chart.figure)
+
+
 def _draw(path: Path, kind: str, figure: Callable) -> str:
     pyplot = _pyplot()
     if pyplot is None:
@@ -269,6 +274,7 @@ DRAW = {
     "throughput": draw_throughput,
     "projector": draw_projector,
     "steps": draw_steps,
+    "swap": draw_swap,
 }
 
 if __name__ == "__main__":

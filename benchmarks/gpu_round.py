@@ -40,9 +40,11 @@ sys.exit(any(reasons.values()))
 
 def steps(out: Path | None) -> tuple[Step, ...]:
     python, pytest = sys.executable, _without("pytest")
-    # The model's tests need packages that the kernels do not; none of them is for the GPU.
+    model = _without("transformers", "av")
+    # The model's tests need packages that the kernels do not; of them only those of other video LLMs are for the GPU.
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
     files = [path.relative_to(ROOT).as_posix() for path in texts if re.search(r"\bplace\b|mark\.gpu", texts[path])]
+    others = ["tests/swap/test_swap.py"] if (model or _without("torchvision", "accelerate")) is None else []
     tests = (python, "-m", "pytest", "-m", "gpu", "--tb=short", *files)
     workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     # PyTorch's own kernels are left out, and its allocator, in whose blocks a kernel can write past a tensor unseen.
@@ -61,18 +63,18 @@ def steps(out: Path | None) -> tuple[Step, ...]:
     if torch.cuda.is_available():
         only_here = (("PPLLAVA_CUDA_ARCHS", "{}{}".format(*torch.cuda.get_device_capability())),)
     measure = ("--device", "cuda", "--time-limit", "{limit}", *(("--out", str(out.resolve())) if out else ()))
-    model = _without("transformers", "av")
     sweep = (python, "-m", "benchmarks.throughput", "--frames", "8", "32", "128", "512", "3600")
     return (
         Step("build", (python, "setup.py", "build_ext", "--inplace"), 200, always=True, environment=only_here),
         Step("backends", (python, "-c", CAN_RUN), 60, always=True),
-        Step("tests", (*tests, *workers), 150, 20, pytest),
+        Step("tests", (*tests, *others, *workers), 150, 20, pytest),
         Step("memcheck", (*sanitizer, "--tool", "memcheck", *tests, *small), **sanitize),
         Step("racecheck", (*sanitizer, "--tool", "racecheck", *tests, *small), **sanitize),
         Step("kernels", (python, "-m", "benchmarks.kernels", "--budget", "0.5", *measure), 270, 70),
         Step("projector", (python, "-m", "benchmarks.projector", "--budget", "0.5", *measure), 150, 70),
         Step("throughput", (*sweep, *measure), 200, 90, model),
         Step("steps", (python, "-m", "benchmarks.steps", *measure), 90, 45, model),
+        Step("swap", (python, "-m", "benchmarks.swap", *measure), 90, 45, model),
         Step("fp8", (python, "-m", "benchmarks.fp8", *measure), 90, 45, model or _without("torchao")),
         Step("tables", (python, "-m", "benchmarks.table"), 30, 15, always=True),
     )

@@ -28,6 +28,7 @@ KERNEL, TEMPERATURE = (2, 3, 3), 0.01
 TEXT = (8, 24)  # random tokens before the video and after it
 QUESTION = 16  # tokens of the guide
 PAD, BOS, EOS, START, END, VIDEO, IMAGE = range(7)  # of Qwen; text is above them
+CLIP_POSITIONS = {"max_position_embeddings": 77}
 LLAVA = {"tiny": "tiny", "small": "small", "7b": "vicuna-7b"}  # names of `presets`
 
 
@@ -51,7 +52,6 @@ def _qwen(vision: Sequence[int], full: Sequence[int], text: Sequence[int], mrope
     return {"vision_config": vision_config, "text_config": text_config}
 
 
-CLIP_POSITIONS = {"max_position_embeddings": 77}
 # (Qwen2.5-VL, (H, W) of a frame in pixels, its guide); 7b: as published, with CLIP ViT-B/16.
 QWEN = {
     "tiny": (
@@ -65,9 +65,7 @@ QWEN = {
         _clip(224, (64, 64), (4, 2), (1, 1), 64),
     ),
     "7b": (
-        _qwen(
-            (32, 1280, 16, 3420), [7, 15, 23, 31], (28, 3584, 28, 4, 18944), (16, 24, 24), vocab_size=152064
-        ),
+        _qwen((32, 1280, 16, 3420), [7, 15, 23, 31], (28, 3584, 28, 4, 18944), (16, 24, 24), vocab_size=152064),
         (336, 504),
         _clip(224, (768, 512), (12, 12), (12, 8), 512),
     ),

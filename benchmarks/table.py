@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import chart, fp8, report, shapes, steps_report, video_table
+from . import chart, fp8, report, shapes, steps_report, swap_report, video_table
 from .report import COMPILED_REFERENCE, ORIGINAL, PEERS, PROJECTOR_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +75,10 @@ def throughput_rows_block(results: Path, folder: Path) -> str:
 
 def steps_block(results: Path, folder: Path) -> str:
     return device_tables(results, folder, "steps", steps_device)
+
+
+def swap_block(results: Path, folder: Path) -> str:
+    return device_tables(results, folder, "swap", swap_device)
 
 
 def projector_block(results: Path, folder: Path) -> str:
@@ -184,6 +188,10 @@ def steps_device(result: dict) -> str:
     return _device(result["machine"], *steps_report.steps_markdown(result))
 
 
+def swap_device(result: dict) -> str:
+    return _device(result["machine"], *swap_report.swap_markdown(result))
+
+
 def throughput_rows_device(result: dict) -> str:
     return _video_device(result, video_table.full)
 
@@ -257,6 +265,7 @@ BLOCKS: dict[str, Callable[[Path, Path], str]] = {
     "throughput": throughput_block,
     "throughput-rows": throughput_rows_block,
     "steps": steps_block,
+    "swap": swap_block,
     "fp8": fp8.fp8_block,
     "roofline": roofline_block,
     "projector": projector_block,

@@ -201,7 +201,7 @@ sys.exit(gpu_round.execute(plan, Path({str(path)!r}), {MACHINE!r}, 100, False))
 def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     plan = {step.name: step for step in gpu_round.steps(tmp_path)}
     checks = ["build", "backends", "tests", "memcheck", "racecheck"]
-    benchmarks = ["kernels", "projector", "throughput", "steps", "fp8"]
+    benchmarks = ["kernels", "projector", "throughput", "steps", "swap", "fp8"]
     assert list(plan) == [*checks, *benchmarks, "tables"]
     assert sum(step.least_s for step in plan.values()) < 570
     files = [word for word in plan["tests"].command if word.startswith("tests/")]
@@ -216,7 +216,9 @@ def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     assert plan["tests"].why_not == plan["memcheck"].why_not == "the Python package pytest is not installed"
     assert plan["throughput"].why_not == plan["steps"].why_not == "the Python package av is not installed"
     assert plan["kernels"].why_not is None
+    assert "tests/swap/test_swap.py" not in plan["tests"].command
     monkeypatch.setattr(gpu_round.importlib.util, "find_spec", lambda name: 1)
+    assert "tests/swap/test_swap.py" in {step.name: step for step in gpu_round.steps(None)}["tests"].command
     monkeypatch.setattr(gpu_round, "version", lambda name: "5.17.0")
     plan = {step.name: step for step in gpu_round.steps(None)}
     assert plan["racecheck"].why_not == "compute-sanitizer is not on the PATH"

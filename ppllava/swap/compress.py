@@ -193,13 +193,20 @@ def _twin(original: Any, mixin: type, extra: tuple[str, ...] = ()) -> Any:
         for name, value in original.__dict__.items():
             if isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers"):
                 new.__dict__[name] = copy.copy(value)
-        # accelerate's hooks are bound to the module that they were put on.
+        # What is compiled, and accelerate's hooks, are bound to the module that they were made for.
+        for name in ("_compiled_call_impl", "_compiled_call", "_last_compile_config"):
+            new.__dict__.pop(name, None)
         if (hook := new.__dict__.pop("_hf_hook", None)) is not None:
             from accelerate.hooks import add_hook_to_module
 
             for name in ("forward", "_old_forward"):
                 new.__dict__.pop(name, None)
             add_hook_to_module(new, copy.copy(hook))
+        elif "forward" in new.__dict__:
+            raise ValueError(
+                f"model must have the forward of its class, got a {type(original).__name__} with one of its own, as "
+                "accelerate's prepare gives it; compress the model before that"
+            )
     return new
 
 

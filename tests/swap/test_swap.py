@@ -255,16 +255,35 @@ def test_an_offloaded_model(own):
     assert answers(compressed, inputs) == answers(expected, inputs)
 
 
+@torch.no_grad()
+def test_a_compiled_model():
+    """What was compiled of the original runs the original."""
+    model, processor = families.build("qwen2_5_vl")
+    guide = families.guide()
+    expected, new = ppllava.compress(model, processor, guide=guide, **BLOCKS)
+    inputs = ask("qwen2_5_vl", new)
+    model.compile(backend="eager")
+    model.model.compile(backend="eager")
+    model._compiled_call = model._last_compile_config = None  # as generate leaves them
+    compressed, _ = ppllava.compress(model, processor, guide=guide, **BLOCKS)
+    for one in (compressed, compressed.model):
+        assert not {"_compiled_call_impl", "_compiled_call", "_last_compile_config"} & vars(one).keys()
+    assert torch.equal(compressed(**inputs).logits, expected(**inputs).logits)
+    assert model._compiled_call_impl is not None
+
+
+def test_a_model_with_a_forward_of_its_own():
+    model, processor = families.build("internvl")
+    model.forward = model.forward
+    message = "model must have the forward of its class, got a InternVLForConditionalGeneration with one of its own"
+    with pytest.raises(ValueError, match=message):
+        ppllava.compress(model, processor, guide=None, **BLOCKS)
+
+
 def test_metadata_of_videos():
     """What is said of each clip goes with it; sampling by frames a second needs it."""
     _, new = ppllava.compress(*families.built("llava_next_video"), guide=None, kernel_size=1)
-    given = {
-        "text": ["<video>", "<video>"],
-        "videos": CLIPS,
-        "do_sample_frames": True,
-        "fps": 2,
-        "return_tensors": "pt",
-    }
+    given = {"text": ["<video>", "<video>"], "videos": CLIPS, "do_sample_frames": True, "fps": 2}
     metadata = [{"total_num_frames": len(clip), "fps": fps} for clip, fps in zip(CLIPS, (4, 5))]
     inputs = new(**given, video_metadata=metadata, padding=True, return_tensors="pt")
     assert inputs["video_frames"].tolist() == [4, 2]
