@@ -44,7 +44,7 @@ def steps(out: Path | None) -> tuple[Step, ...]:
     # The model's tests need packages that the kernels do not; of them only those of other video LLMs are for the GPU.
     texts = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
     files = [path.relative_to(ROOT).as_posix() for path in texts if re.search(r"\bplace\b|mark\.gpu", texts[path])]
-    others = ["tests/swap/test_swap.py"] if (model or _without("torchvision", "accelerate")) is None else []
+    others = ["tests/swap/test_swap_objects.py"] if (model or _without("torchvision", "accelerate")) is None else []
     tests = (python, "-m", "pytest", "-m", "gpu", "--tb=short", *files)
     workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     # PyTorch's own kernels are left out, and its allocator, in whose blocks a kernel can write past a tensor unseen.

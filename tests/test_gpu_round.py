@@ -216,9 +216,9 @@ def test_the_steps_fit_and_name_what_is_missing(monkeypatch, tmp_path):
     assert plan["tests"].why_not == plan["memcheck"].why_not == "the Python package pytest is not installed"
     assert plan["throughput"].why_not == plan["steps"].why_not == "the Python package av is not installed"
     assert plan["kernels"].why_not is None
-    assert "tests/swap/test_swap.py" not in plan["tests"].command
+    assert "tests/swap/test_swap_objects.py" not in plan["tests"].command
     monkeypatch.setattr(gpu_round.importlib.util, "find_spec", lambda name: 1)
-    assert "tests/swap/test_swap.py" in {step.name: step for step in gpu_round.steps(None)}["tests"].command
+    assert "tests/swap/test_swap_objects.py" in {step.name: step for step in gpu_round.steps(None)}["tests"].command
     monkeypatch.setattr(gpu_round, "version", lambda name: "5.17.0")
     plan = {step.name: step for step in gpu_round.steps(None)}
     assert plan["racecheck"].why_not == "compute-sanitizer is not on the PATH"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import transformers
-from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from . import models, processors
 from .guides import SwapGuide, load_guide
+from .twins import twin
 from .windows import Windows
 
 
@@ -145,9 +144,8 @@ def compress(
         loaded, tokenizer = load_guide(guide, model, tower)
         video = processor.video_processor
         prompt_guide = SwapGuide(loaded, tower, video.image_mean, video.image_std)
-        prompt_guide.train(model.training)
         tokens = processors.GuideTokens(tokenizer, prompt_guide.max_length, prompt_guide.padding)
-    new = _twin(processor, family.processor_mixin)
+    new = twin(processor, family.processor_mixin)
     new.windows, new.guide, new.config, new.swapped = windows, tokens, model.config, processor
     return compress_model(model, windows, prompt_guide), new
 
@@ -169,7 +167,7 @@ def compress_model(model: PreTrainedModel, windows: Windows, prompt_guide: SwapG
     """The model of :func:`compress` alone, whose inputs are then made without its processor; `windows` are those of
     both, and a `prompt_guide` of None is the plain mean."""
     mixin = _family(model).model_mixin
-    base = _twin(model.model, mixin)
+    base = twin(model.model, mixin)
     base.windows = windows
     base._modules["prompt_guide"] = prompt_guide
     base.encoders = {
@@ -177,60 +175,11 @@ def compress_model(model: PreTrainedModel, windows: Windows, prompt_guide: SwapG
         for kind in models.PIXELS
         if hasattr(base, f"get_{kind}_features")
     }
-    new = _twin(model, models.CompressedLLM, mixin.extra)
+    new = twin(model, models.CompressedLLM, mixin.extra)
     new._modules["model"] = base
     new.__dict__["swapped_model"] = model  # not a module of it
     new.generation_config = copy.deepcopy(model.generation_config)
     return new
-
-
-def _twin(original: Any, mixin: type, extra: tuple[str, ...] = ()) -> Any:
-    """An object of a subclass of the original's class with the same attributes; a module with the same parameters."""
-    new = object.__new__(_subclass(mixin, type(original), extra))
-    new.__dict__.update(original.__dict__)
-    if isinstance(original, nn.Module):
-        # Children and hooks that one of the two gets are not the other's; parameters and buffers are.
-        for name, value in original.__dict__.items():
-            if isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers"):
-                new.__dict__[name] = copy.copy(value)
-        # What is compiled, and accelerate's hooks, are bound to the module that they were made for.
-        for name in ("_compiled_call_impl", "_compiled_call", "_last_compile_config"):
-            new.__dict__.pop(name, None)
-        if (hook := new.__dict__.pop("_hf_hook", None)) is not None:
-            from accelerate.hooks import add_hook_to_module
-
-            for name in ("forward", "_old_forward"):
-                new.__dict__.pop(name, None)
-            add_hook_to_module(new, copy.copy(hook))
-        elif "forward" in new.__dict__:
-            raise ValueError(
-                f"model must have the forward of its class, got a {type(original).__name__} with one of its own, as "
-                "accelerate's prepare gives it; compress the model before that"
-            )
-    return new
-
-
-@functools.cache
-def _subclass(mixin: type, original: type, extra: tuple[str, ...]) -> type:
-    # Of the same name, by which transformers looks up what belongs to a class.
-    members = {"__module__": __name__, "__qualname__": f"Compressed{original.__name__}", "__doc__": mixin.__doc__}
-    if extra:
-        members["forward"] = _with_arguments(original.forward, extra)
-    return type(original.__name__, (mixin, original), members)
-
-
-def _with_arguments(forward: Callable, extra: tuple[str, ...]) -> Callable:
-    """forward, with names in its signature, where `generate` and Trainer look for what a model takes."""
-
-    @functools.wraps(forward)
-    def with_extra(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    signature = inspect.signature(forward)
-    *named, rest = signature.parameters.values()  # the last are **kwargs, which go on to the base model
-    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
-    with_extra.__signature__ = signature.replace(parameters=[*named, *new, rest])
-    return with_extra
 
 
 __all__ = ["FAMILIES", "compress", "compress_model"]

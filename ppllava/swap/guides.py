@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedModel, SiglipModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipModel,
+)
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -24,6 +31,7 @@ from ppllava_kernels import prompt_relevance
 
 from ..configuration_ppllava import PPLlavaConfig
 from ..guide import PPLlavaGuide
+from .windows import joined
 
 MODELS = {"clip": CLIPModel, "siglip": SiglipModel}
 # The checkpoints whose vision towers, of these (hidden_size, image_size, patch_size), video LLMs are built on.
@@ -69,6 +77,9 @@ class SwapGuide(nn.Module):
             guide.visual_projection, guide.text_projection = model.visual_projection, model.text_projection
         self.guide = guide
         self.tower = None if same_tower(tower, model.vision_model) else model.vision_model
+        if self.tower is not None:  # whose modules these are: once in the state
+            for name in {"norm", "head"} & guide._modules.keys():
+                guide.__dict__[name] = guide._modules.pop(name)
         # As PPLLaVA: the last layer of SigLIP, the one before it of CLIP.
         self.layer = -1 if siglip else -2
         own = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD) if siglip else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -96,20 +107,28 @@ class SwapGuide(nn.Module):
 
     def look(self, frames: Tensor) -> Tensor:
         """:meth:`prepare` d frames [F, 3, S, S] -> features [F, h, w, V] of the guide's own tower."""
-        frames = frames.to(self.guide.norm.weight.dtype)
-        outputs = [self.tower(part, output_hidden_states=True).hidden_states for part in frames.split(FRAMES)]
-        return to_grid(torch.cat([states[self.layer] for states in outputs]), self.guide.config.patch_grid)
+        parts = [
+            self.tower(part, output_hidden_states=True).hidden_states[self.layer]
+            for part in self._here(frames).split(FRAMES)
+        ]
+        return to_grid(joined(parts), self.guide.config.patch_grid)
 
     def relevance(
         self, features: Tensor, guide_input_ids: Tensor, guide_attention_mask: Tensor | None, frames: Sequence[int]
     ) -> Tensor:
         """features [F, h, w, V] of clips of so many frames, ids and mask [B, L] -> float32 [F, h, w], 1 in each."""
-        features = features.to(self.guide.norm.weight.dtype)
-        text_embeds = self.guide.embed_text(guide_input_ids, guide_attention_mask)  # [B, C]
+        features = self._here(features)
+        ids = (x if x is None else x.to(features.device) for x in (guide_input_ids, guide_attention_mask))
+        text_embeds = self.guide.embed_text(*ids)  # [B, C]
         siglip = self.guide.config.siglip
         image_embeds = self.guide.look(features)[0] if siglip else self.guide.embed_patches(features)  # [F, h, w, C]
         cu_frames = torch.tensor([0, *accumulate(frames)], dtype=torch.int32, device="cpu")  # [B+1]
         return prompt_relevance(image_embeds, text_embeds, logit_scale=self.guide.scale, cu_frames=cu_frames)
+
+    def _here(self, x: Tensor) -> Tensor:
+        """x on the device of the guide, which may be another than the model's, and in its dtype."""
+        weight = self.guide.norm.weight
+        return x.to(x.device if weight.is_meta else weight.device, weight.dtype)  # offloaded, it takes any device
 
 
 def to_grid(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -126,20 +145,36 @@ def same_tower(tower: PreTrainedModel | None, other: PreTrainedModel) -> bool:
         return False
     pair = []
     for layer in (tower.embeddings.patch_embedding, other.embeddings.patch_embedding):
-        # Where accelerate has offloaded it, it is there for a moment.
-        with align_module_device(layer, "cpu") if layer.weight.is_meta else nullcontext():
+        with _present(layer):
             pair.append(layer.weight.detach().to("cpu", torch.float32).flatten())
     return F.cosine_similarity(*pair, dim=0).item() > 0.5
 
 
+def _present(layer: nn.Module) -> AbstractContextManager:
+    """In which its weights are there, also where accelerate has them offloaded."""
+    if not layer.weight.is_meta:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(layer, "cpu")
+
+
 def load_guide(guide: Any, model: PreTrainedModel, tower: PreTrainedModel | None) -> tuple[PreTrainedModel, Any]:
     """(CLIPModel or SiglipModel, its tokenizer) for the argument `guide` of `ppllava.compress`, which is not None."""
+    if isinstance(guide, os.PathLike):
+        guide = os.fspath(guide)
     if isinstance(guide, tuple):
-        if len(guide) != 2 or not isinstance(guide[0], tuple(MODELS.values())) or not callable(guide[1]):
+        kinds = (tuple(MODELS.values()), PreTrainedTokenizerBase)
+        if len(guide) != 2 or not all(map(isinstance, guide, kinds)):
             got = ", ".join(type(part).__name__ for part in guide)
             raise TypeError(
                 f"guide must be a pair of a CLIPModel or SiglipModel and its tokenizer, got ({got}); pass both, or "
                 "the name of their checkpoint"
+            )
+        if len(guide[1]) > (most := guide[0].config.text_config.vocab_size):
+            raise ValueError(
+                f"guide must be a pair of a model and its own tokenizer, got one of {len(guide[1])} tokens for a text "
+                f"tower of {most}; load both from one checkpoint"
             )
         return guide
     if isinstance(guide, tuple(MODELS.values())):
@@ -162,7 +197,16 @@ def load_guide(guide: Any, model: PreTrainedModel, tower: PreTrainedModel | None
             f"{config.model_type!r}; pass for example 'openai/clip-vit-base-patch16'"
         )
     loaded = MODELS[config.model_type].from_pretrained(name, dtype=model.dtype)
-    return loaded.to(model.device).eval(), AutoTokenizer.from_pretrained(name)
+    return loaded.to(_device(model)).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where a model runs: its weights are elsewhere while accelerate has them offloaded."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    runs = (getattr(hook, "execution_device", None) for hook in hooks)
+    return (
+        torch.device(next((x for x in runs if x is not None), "cpu")) if model.device.type == "meta" else model.device
+    )
 
 
 def _known(model: PreTrainedModel, tower: PreTrainedModel | None) -> str:

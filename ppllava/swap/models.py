@@ -5,27 +5,29 @@ A mixin overrides what turns pixels into tokens, and what says where tokens are;
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.generic import can_return_tuple
 
 from ppllava_kernels import weighted_pool3d
 
 from .guides import SwapGuide, to_grid
-from .windows import Size, Windows, resample
+from .twins import Twin, untwin
+from .windows import Size, Windows, joined, resample
 
 GUIDE = ("guide_input_ids", "guide_attention_mask")
 # Video-LLaVA's images have the second name before transformers 5.23.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
-class CompressedLLM:
+class CompressedLLM(Twin):
     """Mixin of a `...ForConditionalGeneration`; `forward` takes the arguments of the compressed model, too."""
 
     @property
@@ -33,17 +35,22 @@ class CompressedLLM:
         """What compares tokens with the question; None for the plain mean."""
         return self.model.prompt_guide
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs) -> None:
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """The model as its own class saves it, without the compression, and beside it guide.safetensors, the state of
-        `prompt_guide`."""
-        if state_dict is not None:
-            state_dict = {name: x for name, x in state_dict.items() if not name.startswith("model.prompt_guide.")}
-        self.swapped_model.save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if self.prompt_guide is not None and kwargs.get("is_main_process", True):
-            save_model(self.prompt_guide, str(Path(save_directory) / "guide.safetensors"))
+        `prompt_guide`. A `state_dict`, as Trainer passes it, is saved as it is, with the guide among the weights: from
+        there Trainer resumes, and the model's own class says that it leaves them out."""
+        plain = untwin(self)
+        plain._modules["model"] = untwin(self.model)
+        plain.model._modules.pop("prompt_guide")
+        plain.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if self.prompt_guide is not None and is_main_process:
+            state = self.state_dict() if state_dict is None else state_dict
+            start = "model.prompt_guide."
+            guide = {name.removeprefix(start): x.contiguous() for name, x in state.items() if name.startswith(start)}
+            save_file(guide, Path(save_directory) / "guide.safetensors", {"format": "pt"})
 
 
-class CompressedModel:
+class CompressedModel(Twin):
     """Mixin of the base model of a video LLM. It has
 
     windows        of the pooling
@@ -57,8 +64,9 @@ class CompressedModel:
     encoders: dict[str, frozenset[str]]
     extra: tuple[str, ...] = GUIDE
 
-    def forward(self, input_ids: Tensor | None = None, mm_encoder_outputs: dict | None = None, **kwargs):
+    def forward(self, *args, mm_encoder_outputs: dict | None = None, **kwargs):
         """As the model's own; images and videos are encoded before."""
+        kwargs |= zip(inspect.signature(super().forward).parameters, args)
         outputs = {kind: x for kind, x in (mm_encoder_outputs or {}).items() if x is not None}
         for kind, names in self.encoders.items():
             given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -72,7 +80,7 @@ class CompressedModel:
             outputs[kind] = getattr(self, f"get_{kind}_features")(**given, return_dict=True)
         gone = {*PIXELS["image"], *PIXELS["video"], *self.extra}
         kwargs = {name: value for name, value in kwargs.items() if name not in gone}
-        return super().forward(input_ids=input_ids, mm_encoder_outputs=outputs or None, **kwargs)
+        return super().forward(mm_encoder_outputs=outputs or None, **kwargs)
 
     def relevance(
         self, features: Tensor | None, frames: list[Tensor], sizes: list[Size], ids: Tensor | None, mask: Tensor | None
@@ -98,7 +106,7 @@ class CompressedModel:
             )
         lengths = [size[0] for size in sizes]
         if features is None:
-            features = self.prompt_guide.look(torch.cat([self.prompt_guide.prepare(clip) for clip in frames]))
+            features = self.prompt_guide.look(joined([self.prompt_guide.prepare(clip) for clip in frames]))
         maps = self.prompt_guide.relevance(features, ids, mask, lengths)  # [F, h, w]
         if len({size[1:] for size in sizes}) == 1:
             return resample(maps, sizes[0][1:]).flatten()
@@ -137,7 +145,7 @@ class LlavaVideo(CompressedModel):
         # Each frame as a video of its own: clips of any length, without padding.
         output = super().get_video_features(pixels[:, None], **given, **kwargs, return_dict=True)
         tokens = output.pooler_output  # [F, P, D]; before transformers 5.23 some give a tuple
-        tokens = tokens if isinstance(tokens, Tensor) else torch.cat(tokens)
+        tokens = tokens if isinstance(tokens, Tensor) else joined(tokens)
         tokens, classes = self.split_tokens(tokens.reshape(len(pixels), -1, tokens.shape[-1]))
         side = math.isqrt(tokens.shape[1])
         sizes = [(n, side, side) for n in frames]
@@ -211,7 +219,7 @@ class QwenVL(CompressedModel):
         relevance = self.relevance(None, frames, sizes, guide_input_ids, guide_attention_mask)
 
         def pool(tokens: Sequence[Tensor]) -> list[Tensor]:
-            return [clip.flatten(0, 2) for clip in self.windows.pool(torch.cat(tuple(tokens)), relevance, sizes)]
+            return [clip.flatten(0, 2) for clip in self.windows.pool(joined(tokens), relevance, sizes)]
 
         output.pooler_output = pool(output.pooler_output)
         if getattr(output, "deepstack_features", None) is not None:
@@ -230,20 +238,21 @@ class QwenVL(CompressedModel):
         patches = patches.view(t, h // m, w // m, m, m, -1, vision.temporal_patch_size, p, p)[:, :, :, :, :, :, 0]
         return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * p, w * p)
 
-    def get_rope_index(self, *args, video_grid_thw: Tensor | None = None, **kwargs):
-        if video_grid_thw is not None:
+    def get_rope_index(self, *args, **kwargs):
+        kwargs |= zip(inspect.signature(super().get_rope_index).parameters, args)
+        if (video_grid_thw := kwargs.get("video_grid_thw")) is not None:
             sizes, seconds = self.sizes(video_grid_thw), kwargs.get("second_per_grid_ts")
             seconds = [1.0] * len(sizes) if seconds is None else torch.as_tensor(seconds).tolist()
             kwargs["second_per_grid_ts"] = [x * self.windows.step(size) for x, size in zip(seconds, sizes)]
             merge = self.config.vision_config.spatial_merge_size
             pooled = [self.windows.pooled_size(size) for size in sizes]
-            video_grid_thw = video_grid_thw.new_tensor([(t, h * merge, w * merge) for t, h, w in pooled])
-        return super().get_rope_index(*args, video_grid_thw=video_grid_thw, **kwargs)
+            kwargs["video_grid_thw"] = video_grid_thw.new_tensor([(t, h * merge, w * merge) for t, h, w in pooled])
+        return super().get_rope_index(**kwargs)
 
 
 class InternVL(CompressedModel):
     """InternVL: frames are images among the others, `video_patches` int [B, 2] says which: the first row of each video
-    in pixel_values, and how many."""
+    in pixel_values, and how many. Without it all are images."""
 
     extra = ("video_patches", *GUIDE)
 
@@ -270,7 +279,7 @@ class InternVL(CompressedModel):
         sizes = [(n, side, side) for _, n in places]
         frames = [pixel_values[start : start + n] for start, n in places]
         relevance = self.relevance(None, frames, sizes, guide_input_ids, guide_attention_mask)
-        values = torch.cat([tokens[start : start + n] for start, n in places])  # [F, P, D]
+        values = joined([tokens[start : start + n] for start, n in places])  # [F, P, D]
         pooled = iter(self.windows.pool(values.flatten(0, 1), relevance, sizes))
         parts, last = [], 0
         for start, n in places:

@@ -8,17 +8,19 @@ import re
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from ..guide_text import check_questions, last_question, last_turn, tokenize_questions
-from ..templates import QWEN_MARKERS, VICUNA_MARKERS
+from ..templates import VICUNA_MARKERS
+from .twins import Twin
 from .windows import Size, Windows
 
 # What stands before and after a user's turn in the prompts of the models that are known here.
-MARKERS = (QWEN_MARKERS, VICUNA_MARKERS, ("[INST]", "[/INST]"))
+MARKERS = (("<|im_start|>user", "<|im_end|>"), VICUNA_MARKERS, ("[INST]", "[/INST]"))
 _asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 
 
@@ -30,7 +32,7 @@ class GuideTokens(NamedTuple):
     padding: str
 
 
-class CompressedProcessor:
+class CompressedProcessor(Twin):
     """Mixin of a processor. It has
 
     windows      of the pooling
@@ -64,7 +66,10 @@ class CompressedProcessor:
         inputs = self.process(images, prompts, videos, *args, **kwargs)
         rows = [guide for guide, count in zip(guides, counts) for _ in range(count)]
         tokens = tokenize_questions(self.guide.tokenizer, rows, self.guide.max_length, self.guide.padding)
-        inputs.update(tokens if isinstance(inputs["input_ids"], Tensor) else {k: v.tolist() for k, v in tokens.items()})
+        if not isinstance(inputs["input_ids"], Tensor):
+            arrays = isinstance(inputs["input_ids"], np.ndarray)
+            tokens = {name: x.numpy() if arrays else x.tolist() for name, x in tokens.items()}
+        inputs.update(tokens)
         return inputs
 
     def process(self, *args, **kwargs) -> BatchFeature:
@@ -84,7 +89,9 @@ class CompressedProcessor:
     def find_question(self, prompt: str) -> str:
         """The last turn of the user in a rendered prompt; all of its text where no turns are known."""
         places = (self.image_token, self.video_token, *self.tokenizer.get_added_vocab())
-        return last_turn(prompt, next((pair for pair in MARKERS if pair[0] in prompt), None), places)
+        found = [pair for pair in MARKERS if pair[0] in prompt]
+        markers = min(found, key=lambda pair: prompt.index(pair[0]), default=None)
+        return re.sub(r"(?s)<<SYS>>.*?<</SYS>>", "", last_turn(prompt, markers, places)).strip()
 
     def replace_video_token(self, video_inputs: dict, video_idx: int = 0, **kwargs) -> str:
         return self.placeholders(self.size(video_inputs, video_idx), video_inputs, video_idx)

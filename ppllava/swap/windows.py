@@ -64,12 +64,14 @@ class Windows:
 
         Args:
             values: [N, D], the tokens of all clips, each of size (T, H, W) in row-major order.
-            relevance: float32 [N], or None for the plain mean.
+            relevance: [N], or None for the plain mean.
             sizes: (T, H, W) of each clip.
 
         Returns:
             of each clip [To, Ho, Wo, D].
         """
+        if relevance is not None:
+            relevance = relevance.to(values.device, torch.promote_types(values.dtype, torch.float32))
         groups: dict[tuple, list[int]] = {}
         for i, size in enumerate(sizes):
             self.pooled_size(size)
@@ -102,6 +104,11 @@ class Windows:
         return pooled.split([output_shape(size, *window)[0] for size in sizes])  # of [Fo, Ho, Wo, D]
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
 def resample(relevance: Tensor, grid: tuple[int, int]) -> Tensor:
     """relevance [F, h, w] on another grid [F, H, W], with the same sum in each frame: each token gets of a patch the
     share of its area that lies in the token."""
@@ -120,4 +127,4 @@ def _shares(patches: int, tokens: int, like: Tensor) -> Tensor:
     return overlap.clamp(min=0).to(like.dtype) / tokens
 
 
-__all__ = ["Windows", "resample"]
+__all__ = ["Windows", "joined", "resample"]

@@ -104,12 +104,13 @@ def on_grid(relevance, height, width):
 def pooled_tokens(grids, weights, **window):
     """Of each clip ([tokens, D] of each layer, (To, Ho, Wo)); of the clips of `token_grids`."""
     results = []
+    temperature = {"temperature": window["temperature"]} if "temperature" in window else {}
     for (layers, classes, newline), weight in zip(grids, weights):
         size = tuple(layers[0].shape[:3])
-        one = dict(window)
+        one = {name: value for name, value in window.items() if name not in temperature}
         if (kernel := window.get("kernel_size")) and size[0] < kernel[0]:
             one["kernel_size"] = (size[0], *kernel[1:])
-        options = {**one, "backend": "reference"}
+        options = {**one, **temperature, "backend": "reference"}
         weight = None if weight is None else weight[None]
         pooled = [weighted_pool3d(layer[None], weight, **options)[0] for layer in layers]
         shape = pooled_size(size, **one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import processors as token_processors
@@ -193,3 +194,19 @@ def guide(kind: str = "clip", tower=None):
     if tower is not None:
         model.vision_model.load_state_dict(tower.state_dict(), strict=False)
     return model, words
+
+
+QUESTIONS = ["What is it?", "Why is the man in the middle so tall?"]
+CLIPS = [clip(8, seed=1), clip(5, seed=2)]
+WINDOWS = {
+    "blocks": {"kernel_size": (2, 2, 2)},
+    "overlap": {"kernel_size": (3, 3, 2), "stride": (1, 1, 2), "temperature": 0.3},
+    "longer_than_a_clip": {"kernel_size": (6, 1, 2)},
+    "adaptive": {"output_size": (3, 2, 3)},
+}
+BLOCKS = WINDOWS["blocks"]
+
+
+def family(names=NAMES):
+    """For each of these families."""
+    return pytest.mark.parametrize("name", names)

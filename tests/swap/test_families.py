@@ -8,19 +8,12 @@ import families
 import pytest
 import torch
 from close import assert_close
+from families import CLIPS, QUESTIONS, WINDOWS
 
 import ppllava
 from benchmarks import gate
 
 pytestmark = pytest.mark.parametrize("name", families.NAMES)
-QUESTIONS = ["What is it?", "Why is the man in the middle so tall?"]
-CLIPS = [families.clip(8, seed=1), families.clip(5, seed=2)]
-WINDOWS = {
-    "blocks": {"kernel_size": (2, 2, 2)},
-    "overlap": {"kernel_size": (3, 3, 2), "stride": (1, 1, 2)},
-    "longer_than_a_clip": {"kernel_size": (6, 1, 2)},
-    "adaptive": {"output_size": (3, 2, 3)},
-}
 
 
 def ask(name, processor, clips=CLIPS, **kwargs):
@@ -67,15 +60,16 @@ def tokens_by_hand(name, model, processor, guide, words, clips, window, own=Fals
 
 def check_against_hand(name, model, processor, guide, words, window, own=False):
     compressed, new = ppllava.compress(model, processor, guide=guide and (guide, words), **window)
-    inputs = ask(name, new)
-    # What Qwen2.5-VL calls time: 4 positions a second, 2 frames of 24 fps a step, and the steps between windows.
+    clocks = [{"total_num_frames": len(clip), "fps": 1, "frames_indices": range(len(clip))} for clip in CLIPS]
+    inputs = ask(name, new, **({"video_metadata": clocks} if name == "qwen2_5_vl" else {}))
+    # What Qwen2.5-VL calls time: 4 positions a second, 2 frames of a second in a step, and the steps between windows.
     seconds = {"blocks": [2, 2], "overlap": [1, 1], "longer_than_a_clip": [4, 3], "adaptive": [4 / 3, 1.0]}
     steps = seconds[next(key for key, value in WINDOWS.items() if value == window)]
     pair, results = (model, guide), []
     doubles = [[one and in_float64(one, seed) for one in pair] for seed in (None, 1, 2, 3)]
     for one, other in (pair, *doubles):
         tokens = tokens_by_hand(name, one, processor, other, words, CLIPS, window, own)
-        given = [4 * step * 2 / 24 for step in steps] if name == "qwen2_5_vl" else None
+        given = [4 * step * 2 for step in steps] if name == "qwen2_5_vl" else None
         results.append(by_hand.logits(name, one, inputs, tokens, given))
     eager, exact, *nudged = results
     assert_close("logits", compressed(**inputs).logits, [eager, *nudged], exact)
