@@ -29,6 +29,9 @@ NOARCH = ("cpu", "cuda")  # what the noarch variants are for; `kernels` takes th
 
 
 def main(folder: Path = HERE / NAME) -> None:
+    others = [path for path in folder.glob("build/*") if not (path / "metadata.json").exists()]
+    if others or (folder.exists() and any(folder.iterdir()) and not (folder / "build").exists()):
+        sys.exit(f"FOLDER must be new, empty, or written by this script before, got {folder}; pass another")
     shutil.rmtree(folder / "build", ignore_errors=True)
     for backend in NOARCH:
         write(folder / "build" / f"torch-{backend}", backend, "this variant of the Kernel Hub is Python alone")

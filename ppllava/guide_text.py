@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,12 +19,11 @@ def last_question(messages: Any) -> str:
 
 
 def last_turn(prompt: str, markers: Sequence[str] | None, placeholders: Sequence[str]) -> str:
-    """What a rendered prompt has between the last of the first marker and the second, which comes at its end or next;
-    all of it where there are no markers. Without placeholders."""
+    """What a rendered prompt has between the last of the first marker and the next of the second; all of it where there
+    are no markers. Without placeholders."""
     if markers is not None:
         before, after = markers
-        prompt = prompt.rpartition(before)[2].rstrip()
-        prompt = prompt.removesuffix(after) if prompt.endswith(after) else prompt.partition(after)[0]
+        prompt = prompt.rpartition(before)[2].partition(after)[0]
     for placeholder in placeholders:
         prompt = prompt.replace(placeholder, "")
     return prompt.strip()
@@ -39,7 +38,7 @@ def check_questions(
     """
     if guide_text is None:
         guides = [find(prompt) for prompt in prompts]
-    elif isinstance(guide_text, Sequence):
+    elif isinstance(guide_text, Iterable):
         guides = [guide_text] * len(prompts) if isinstance(guide_text, str) else list(guide_text)
     else:
         raise ValueError(f"guide_text must be a question, or one for each prompt, got {guide_text!r}; pass text")

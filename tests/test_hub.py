@@ -105,3 +105,13 @@ def test_copies_beside_this_package(folder):
         pooled.sum().backward()
         assert hasattr(getattr(torch.ops, kernel.__name__), "weighted_pool3d")
     assert ppllava_kernels.library.NAMESPACE == "ppllava_kernels"
+
+
+@pytest.mark.parametrize("name", ["build/of_someone_else/file", "README.md"])
+def test_a_folder_of_others_is_left_alone(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(SystemExit, match="FOLDER must be new, empty, or written by this script before, got "):
+        build.main(tmp_path)
+    assert file.read_text() == "mine"

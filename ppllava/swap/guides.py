@@ -77,9 +77,6 @@ class SwapGuide(nn.Module):
             guide.visual_projection, guide.text_projection = model.visual_projection, model.text_projection
         self.guide = guide
         self.tower = None if same_tower(tower, model.vision_model) else model.vision_model
-        if self.tower is not None:  # whose modules these are: once in the state
-            for name in {"norm", "head"} & guide._modules.keys():
-                guide.__dict__[name] = guide._modules.pop(name)
         # As PPLLaVA: the last layer of SigLIP, the one before it of CLIP.
         self.layer = -1 if siglip else -2
         own = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD) if siglip else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

@@ -37,16 +37,25 @@ class CompressedLLM(Twin):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
         """The model as its own class saves it, without the compression, and beside it guide.safetensors, the state of
-        `prompt_guide`. A `state_dict`, as Trainer passes it, is saved as it is, with the guide among the weights: from
-        there Trainer resumes, and the model's own class says that it leaves them out."""
+        `prompt_guide`. One that is trained is among the model's weights, too: from there Trainer resumes, and the
+        model's own class says that it leaves them out."""
         plain = untwin(self)
         plain._modules["model"] = untwin(self.model)
         plain.model._modules.pop("prompt_guide")
-        plain.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if self.prompt_guide is not None and is_main_process:
+        guide, start = {}, "model.prompt_guide."
+        if self.prompt_guide is not None:
+            # The ends of its tower are the guide's own modules.
+            twice = tuple(f"{start}tower.{name}." for name in ("post_layernorm", "head"))
             state = self.state_dict() if state_dict is None else state_dict
-            start = "model.prompt_guide."
-            guide = {name.removeprefix(start): x.contiguous() for name, x in state.items() if name.startswith(start)}
+            guide = {name: x for name, x in state.items() if name.startswith(start) and not name.startswith(twice)}
+            trained = any(x.requires_grad for x in self.prompt_guide.parameters())
+            # What accelerate has offloaded is not trained, and transformers gathers it without a state.
+            if state_dict is not None or (trained and not any(x.is_meta for x in state.values())):
+                state_dict = {name: x for name, x in state.items() if not name.startswith(start)}
+                state_dict |= guide if trained else {}
+        plain.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if guide and is_main_process:
+            guide = {name.removeprefix(start): x.contiguous() for name, x in guide.items()}
             save_file(guide, Path(save_directory) / "guide.safetensors", {"format": "pt"})
 
 

@@ -16,7 +16,7 @@ from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from ..guide_text import check_questions, last_question, last_turn, tokenize_questions
 from ..templates import VICUNA_MARKERS
-from .twins import Twin
+from .twins import Twin, untwin
 from .windows import Size, Windows
 
 # What stands before and after a user's turn in the prompts of the models that are known here.
@@ -109,11 +109,18 @@ class CompressedProcessor(Twin):
         return [*super().model_input_names, "guide_input_ids", "guide_attention_mask"]
 
     def save_pretrained(self, *args, **kwargs):
-        """The processor it was made from."""
-        return self.swapped.save_pretrained(*args, **kwargs)
+        """As the class of the processor it was made from."""
+        return self.plain().save_pretrained(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return self.swapped.to_dict()
+        return self.plain().to_dict()
+
+    def plain(self) -> ProcessorMixin:
+        """This processor without the compression."""
+        plain = untwin(self)
+        for name in ("windows", "guide", "config", "swapped"):
+            del plain.__dict__[name]
+        return plain
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}({self.windows}, of {self.swapped!r})"

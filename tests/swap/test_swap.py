@@ -148,10 +148,6 @@ def test_auto_knows_the_towers_that_video_llms_are_built_on(monkeypatch):
     [
         ("USER: <video>\nWhat is it? ASSISTANT:", "What is it?"),
         ("SYSTEM USER: <video>\nFirst? ASSISTANT: Yes.</s>USER: And then? ASSISTANT:", "And then?"),
-        (
-            "USER: <video>\nWhat does the sign ASSISTANT: open say? ASSISTANT: ",
-            "What does the sign ASSISTANT: open say?",
-        ),
         ("USER: <video>\nWhat is it? ASSISTANT: It is", "What is it?"),
         ("[INST] <video>\nWhat does the label USER: say? [/INST]", "What does the label USER: say?"),
         ("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<video>\nWhat? [/INST]", "What?"),
@@ -161,6 +157,7 @@ def test_auto_knows_the_towers_that_video_llms_are_built_on(monkeypatch):
             "Who?",
         ),
         ("<|im_start|>user\n<video>\nWho?<|im_end|>\n<|im_start|>assistant\n", "Who?"),
+        ("<|im_start|>user\n<video>\nWho?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n", "Who?"),
         ("<video>\nNo turns at all", "No turns at all"),
     ],
 )

@@ -1,5 +1,6 @@
 """Compressed objects as objects of transformers: gradients, dtypes, saving, pickling, offloading, compilation."""
 
+import copy
 import pickle
 
 import accelerate
@@ -80,6 +81,8 @@ def test_saving(name, tmp_path):
     compressed, new = ppllava.compress(model, processor, guide=families.guide(), **BLOCKS)
     compressed.set_output_embeddings(torch.nn.Linear(48, compressed.lm_head.out_features, bias=False))
     compressed.generation_config.max_length = 77
+    compressed.prompt_guide.requires_grad_(False)
+    new.chat_template = "{{ messages }}"
     expected = compressed(**ask(name, new)).logits
     compressed.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
@@ -88,6 +91,8 @@ def test_saving(name, tmp_path):
     assert not report["unexpected_keys"]
     assert loaded.config.architectures == [type(model).__name__]
     assert loaded.generation_config.max_length == 77
+    assert type(processor).from_pretrained(tmp_path).chat_template == new.chat_template
+    assert processor.chat_template is None
     again, words = families.guide()
     with torch.no_grad():
         again.visual_projection.weight.zero_()
@@ -106,6 +111,7 @@ def test_saving_as_trainer_does(tmp_path, own):
     state = {key: x + 1 for key, x in compressed.state_dict().items()}
     compressed.save_pretrained(tmp_path, state_dict=state)
     guides = {key.removeprefix("model.prompt_guide."): x for key, x in state.items() if "prompt_guide" in key}
+    guides = {key: x for key, x in guides.items() if not key.startswith(("tower.post_layernorm", "tower.head"))}
     saved = load_file(tmp_path / "guide.safetensors")
     assert saved.keys() == guides.keys()
     assert all(torch.equal(saved[key], guides[key]) for key in saved)
@@ -117,6 +123,31 @@ def test_saving_as_trainer_does(tmp_path, own):
     _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert all(key.startswith("model.prompt_guide.") for key in report["unexpected_keys"])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_trainer_resumes_with_the_guide(tmp_path, kind):
+    """Of Qwen3-VL, whose weights keep their names; Trainer resumes none that transformers renames."""
+
+    def train(resume: bool):
+        compressed, new = ppllava.compress(*families.build("qwen3_vl"), guide=families.guide(kind), **BLOCKS)
+        row = dict(ask("qwen3_vl", new))
+        options = {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "report_to": [], "use_cpu": True}
+        trainer = transformers.Trainer(
+            compressed,
+            transformers.TrainingArguments(tmp_path, remove_unused_columns=False, disable_tqdm=True, **options),
+            train_dataset=[0],
+            data_collator=lambda _: {**row, "labels": row["input_ids"]},
+        )
+        before = copy.deepcopy(compressed.state_dict())
+        trainer.train(resume_from_checkpoint=resume)
+        return before, compressed.state_dict()
+
+    before, trained = train(False)
+    _, resumed = train(True)  # from the last of the steps
+    guides = [key for key in trained if "prompt_guide" in key]
+    assert any(not torch.equal(before[key], trained[key]) for key in guides)
+    assert all(torch.equal(resumed[key], trained[key]) for key in trained)
 
 
 @torch.no_grad()
