@@ -13,6 +13,8 @@ from benchmarks import report, throughput, video_models, video_runs, video_sweep
 from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS
 from benchmarks.video_sweep import Pace
 
+pytestmark = pytest.mark.xdist_group("throughput")  # one run of what all look at
+
 FRAMES, BATCH, NEW_TOKENS, REPEATS, TOKENS = (2, 7), 2, 3, 2, 10
 MODELS = {PPLLAVA: PPLLAVA, OPS_OFF: PPLLAVA, PEER: PEER, PEER_TUNED: PEER}
 
