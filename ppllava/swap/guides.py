@@ -80,10 +80,8 @@ class SwapGuide(nn.Module):
         # As PPLLaVA: the last layer of SigLIP, the one before it of CLIP.
         self.layer = -1 if siglip else -2
         own = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD) if siglip else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        self.mean, self.std = (
-            tuple(zip(mean, own[0])),
-            tuple(zip(std, own[1])),
-        )  # (of the pixels, of the guide)
+        # Of each channel (that of the pixels, that of the guide).
+        self.mean, self.std = tuple(zip(mean, own[0])), tuple(zip(std, own[1]))
 
     @property
     def max_length(self) -> int:
