@@ -9,12 +9,14 @@ KERNELS ?= kernels==0.17.2
 VENV := .venv
 # Where results go; by default benchmarks/results/<device>/.
 OUT ?=
+# What `make regress` compares this checkout with.
+BASE ?= HEAD
 # Not empty: `make gpu` without the steps that passed before.
 RESUME ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: benchmark test lint format table dist hub smoke gpu clean
+.PHONY: benchmark regress test lint format table dist hub smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
@@ -24,6 +26,9 @@ benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on thi
 	$(BIN)/python -m benchmarks.swap $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.fp8 $(if $(OUT),--out $(OUT))
 	$(BIN)/python -m benchmarks.table
+
+regress: $(VENV)/ready  ## make regress BASE=main: fails where an op became over 10 % slower since that commit
+	$(BIN)/python -m benchmarks.regress "$(BASE)"
 
 table: $(VENV)/ready  ## the tables of README and docs, from the JSON that is there
 	$(BIN)/python -m benchmarks.table

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import report, timing
+from . import chart, report, timing
 from .machine import check_device, machine_info, results_folder, version
 from .report import Outcome, show
 
@@ -317,17 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         report.write(path, "fp8", machine, protocol(args, left_out), [row.as_dict() for row in rows])
     report.write(path, "fp8", machine, protocol(args, left_out), [row.as_dict() for row in rows])
-    report.console().print(f"{fp8_device(report.read(path, 'fp8'))}\n\nwrote {path}", highlight=False, soft_wrap=True)
+    lines = [fp8_device(report.read(path, "fp8")), "", f"wrote {path}", chart.draw_fp8(path)]
+    report.console().print("\n".join(lines), highlight=False, soft_wrap=True)
     return 1 if any(row.status != "ok" for row in rows) else 0
 
 
 def fp8_block(results: Path, folder: Path) -> str:
-    """The tables of each device that has a fp8.json, GPUs first."""
-    found = [report.read(path, "fp8") for path in sorted(results.glob("*/fp8.json"))]
-    found.sort(key=lambda result: result["machine"]["type"] != "cuda")
-    measured = {result["machine"]["type"] for result in found}
-    missing = [name for type_, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")) if type_ not in measured]
-    return "\n\n".join([*map(fp8_device, found), *(f"**{name}**: not measured yet." for name in missing)])
+    """The tables and the chart of each device that has a fp8.json, GPUs first."""
+    from .table import device_tables  # which imports this module
+
+    return device_tables(results, folder, "fp8", fp8_device)
 
 
 def fp8_device(result: dict) -> str:

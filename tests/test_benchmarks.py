@@ -285,12 +285,6 @@ def test_every_variant_has_a_colour():
     assert {*ppllava_kernels.backends.BACKENDS, *report.PEERS} <= chart.COLOURS.keys()
 
 
-def test_points_keep_their_distance_to_the_roof():
-    row = {"flops": 50, "bytes": 100, "copy_percent": 80.0}
-    assert chart._point(row, 1.0) == (0.5, 0.4)  # relative: 80 % of the roof y = x
-    assert chart._point(row, 4000.0) == (0.5, 1600.0)  # GFLOP/s under a copy of 4000 GB/s
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

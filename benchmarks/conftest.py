@@ -1,0 +1,46 @@
+"""`pytest benchmarks`: what is left out on a small machine, and the line that says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.stage import takes_long
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-shapes", action="store_true", help="benchmarks: those shapes, too, that take long on a CPU")
+
+
+def pytest_configure(config):
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks/ needs pytest-benchmark, which is not there; pip install pytest-benchmark")
+
+
+@pytest.hookimpl(trylast=True)  # after -k
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long, unless it is asked for by -k, by the id of a test or by --all-shapes."""
+    named = any("::" in argument for argument in config.args)
+    if config.getoption("--all-shapes") or config.option.keyword or named:
+        return
+    cases = {item: item.callspec.params["case"] for item in items if _is_benchmark(item)}
+    slow = [item for item, case in cases.items() if takes_long(case, item.module.DEVICE)]
+    if slow:
+        config.stash[LEFT_OUT] = [cases[item].shape.name for item in slow]
+        config.hook.pytest_deselected(items=slow)
+        left_out = set(slow)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _is_benchmark(item) -> bool:
+    return hasattr(item, "callspec") and "case" in item.callspec.params and hasattr(item.module, "DEVICE")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    names = config.stash.get(LEFT_OUT, [])
+    if names:
+        terminalreporter.write_line(
+            f"Left out: {len(names)} benchmarks of shapes that take over some seconds each on a CPU. Name one as in "
+            f"-k {names[0]}, or pass --all-shapes. They are {', '.join(dict.fromkeys(names))}."
+        )
