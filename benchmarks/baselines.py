@@ -96,8 +96,15 @@ def plain_reference(op: str, shape: Shape) -> Peer:
 
 
 def compiled(function: Peer) -> Peer:
-    """torch.compile with its defaults, for this one shape."""
-    return torch.compile(function, dynamic=False)
+    """torch.compile with its defaults, for this one shape; from the first call on, as the compiler alone imports long."""
+    wrapped: list[Peer] = []
+
+    def run(*tensors: Tensor) -> Tensor:
+        if not wrapped:
+            wrapped.append(torch.compile(function, dynamic=False))
+        return wrapped[0](*tensors)
+
+    return run
 
 
 def _video_by_video(function: Peer, op: str, shape: Shape) -> Peer:

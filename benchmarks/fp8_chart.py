@@ -16,7 +16,7 @@ COLOURS = {
 TITLES = {
     "visual_error": ("visual tokens, |difference| / |value|", "%", 100),
     "logits_error": ("logits after the prompt, |difference| / |value|", "%", 100),
-    "kl": ("KL divergence of the next token", "nats", 1),
+    "kl": ("KL divergence of the next token", "0.001 nats", 1000),
     "equal_tokens": ("positions with the same most likely token", "%", 100),
 }
 Panel = tuple[str, str, dict[str, dict[int, float]]]  # title, unit, series -> frames -> number

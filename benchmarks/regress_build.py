@@ -78,6 +78,8 @@ class ProcessSide:
             return
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+        if not self.greeted:  # still importing, for nobody
+            self.process.kill()
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:

@@ -39,11 +39,10 @@ def figure(pyplot, results: dict):
         axis.spines[["top", "right"]].set_visible(False)
         number(axis)
     handles = [pyplot.Line2D([], [], linestyle="", marker="o", color=COLOURS[v], label=label(v)) for v in variants]
-    picture.legend(handles=handles, ncols=len(handles), loc="outside upper left", frameon=False, fontsize=9)
-    roofs = [pyplot.Line2D([], [], color="black", linewidth=1.5, label="a copy")]
+    handles.append(pyplot.Line2D([], [], color="black", linewidth=1.5, label="a copy"))
     if any(row["read_percent"] for row in rows):
-        roofs.append(pyplot.Line2D([], [], color="black", linestyle=":", label="sum(), which only reads the inputs"))
-    axes[0, 0].legend(handles=roofs, loc="lower right", frameon=False, fontsize=8, handlelength=1.6)
+        handles.append(pyplot.Line2D([], [], color="black", linestyle=":", label="sum() of the inputs: only reads"))
+    picture.legend(handles=handles, ncols=len(handles), loc="outside upper left", frameon=False, fontsize=9)
     untimed = len(results["rows"]) - len(rows)
     picture.supxlabel(
         "Bytes per second, each input read once and each output written once, against those of a large copy, timed in "

@@ -137,12 +137,11 @@ RESULTS = {
 }
 
 
-@pytest.fixture(params=RESULTS)
+@pytest.fixture(params=RESULTS, scope="module")
 def picture(request):
-    """A drawn figure of each kind."""
+    """A figure of each kind, made once for all that is asked of it."""
     results = RESULTS[request.param]
     figure = chart.FIGURES[results["kind"]](pyplot, results)
-    figure.canvas.draw()
     yield figure
     pyplot.close(figure)
 

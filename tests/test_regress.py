@@ -1,6 +1,7 @@
 """`make regress`: it names an op that became slower, and passes sides that are alike, on a noisy machine, too."""
 
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_an_op_that_is_30_percent_slower_is_named(capsys):
     base, head = FakeSide("base", machine), FakeSide("head", machine, {SLOW: 1.3})
     code, said = judged(base, head, capsys)
     assert code == 1
-    assert "SLOWER: weighted_pool3d tiny_video fp32 backward cpp: 1.3" in said
+    assert re.search(r"SLOWER: weighted_pool3d tiny_video fp32 backward cpp: 1\.(2[6-9]|3[0-4]) times the time", said)
     assert said.count("SLOWER") == 1
     assert base.checked == head.checked == set(ITEMS)  # once, by the gate
     repeated = head.rounds[regress.ROUNDS :]
@@ -106,7 +107,7 @@ def test_one_slow_round_is_not_a_regression(capsys):
 def test_rounds_that_disagree_are_no_verdict(capsys):
     head = FakeSide("head", lambda: 1.0)
     time = head.time
-    head.time = lambda item, check: Answer(time(item, check).seconds * (0.9, 1.2)[len(head.rounds) % 5 > 1])
+    head.time = lambda item, check: Answer(time(item, check).seconds * (0.9 if len(head.rounds) % 4 == 1 else 1.2))
     code, said = judged(FakeSide("base", lambda: 1.0), head, capsys)
     assert code == 2
     assert "UNCLEAR: weighted_pool3d" in said
