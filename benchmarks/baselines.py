@@ -96,7 +96,7 @@ def plain_reference(op: str, shape: Shape) -> Peer:
 
 
 def compiled(function: Peer) -> Peer:
-    """torch.compile with its defaults, for this one shape; from the first call on, as the compiler alone imports long."""
+    """torch.compile with its defaults, for this one shape, at the first call: to import the compiler takes seconds."""
     wrapped: list[Peer] = []
 
     def run(*tensors: Tensor) -> Tensor:

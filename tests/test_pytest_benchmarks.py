@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
-from benchmarks import shapes, stage
+from benchmarks import conftest, shapes, stage
 from benchmarks.machine import ROOT
 from benchmarks.runner import Case
 
-# A plugin of pytest: the op without the first patch of its first window.
+# A plugin of pytest: the op without the patch that matters most.
 BROKEN = """
 import torch
 import ppllava_kernels
@@ -22,11 +23,18 @@ whole = ppllava_kernels.weighted_pool3d
 
 def weighted_pool3d(values, weights, **options):
     mask = torch.zeros_like(weights)
-    mask.view(-1)[0] = -torch.inf
+    mask.view(-1)[weights.argmax()] = -torch.inf
     return whole(values, weights + mask, **options)
 
 ppllava_kernels.weighted_pool3d = weighted_pool3d
 """
+
+
+class Item:
+    """Of pytest, as far as it is looked at."""
+
+    def __init__(self, like):
+        vars(self).update(vars(like))
 
 
 def pytest_benchmarks(folder, *arguments, **environment):
@@ -58,18 +66,31 @@ def test_a_wrong_op_is_rejected_and_a_right_one_is_timed(tmp_path):
     assert all(0 < x["stats"]["min"] < 1 for x in times)
 
 
-def test_what_takes_long_is_left_out_with_a_word(tmp_path):
-    code, said = pytest_benchmarks(tmp_path, "--collect-only", CUDA_VISIBLE_DEVICES="")
-    assert code == 0, said
-    assert "weighted_pool3d-tiny_image-fp32-forward-cpp" in said
-    assert "weighted_pool3d-long_video" not in said
-    assert "Left out: " in said
-    assert "--all-shapes" in said
-    code, said = pytest_benchmarks(
-        tmp_path, "--collect-only", "-k", "long_video and reference", CUDA_VISIBLE_DEVICES=""
+@pytest.mark.parametrize("asked", [None, "all_shapes", "keyword", "id"])
+def test_what_takes_long_is_left_out_with_a_word(asked):
+    """Unless it is asked for; a test of another folder is not touched."""
+    cases = [Case("weighted_pool3d", shapes.SHAPES[name], "fp32") for name in ("tiny_video", "long_video")]
+    module, lines, deselected = SimpleNamespace(DEVICE="cpu"), [], []
+    benchmarks = [SimpleNamespace(callspec=SimpleNamespace(params={"case": case}), module=module) for case in cases]
+    items = [*map(Item, benchmarks), Item(SimpleNamespace(module=module))]
+    config = SimpleNamespace(
+        args=["benchmarks/test_ops.py::test_op[x]" if asked == "id" else "benchmarks"],
+        option=SimpleNamespace(keyword="long_video" if asked == "keyword" else ""),
+        getoption=lambda name: asked == "all_shapes",
+        stash={},
+        hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items)),
     )
-    assert "weighted_pool3d-long_video-bf16-backward-reference" in said
-    assert "Left out" not in said
+    kept = list(items)
+    conftest.pytest_collection_modifyitems(config, kept)
+    conftest.pytest_terminal_summary(SimpleNamespace(write_line=lines.append), config)
+    if asked:
+        assert (kept, deselected, lines) == (items, [], [])
+        return
+    assert (kept, deselected) == ([items[0], items[2]], [items[1]])
+    assert lines == [
+        "Left out: 1 benchmarks of shapes that take over some seconds each on a CPU. Name one as in -k long_video, "
+        "or pass --all-shapes. They are long_video."
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
