@@ -24,10 +24,10 @@ def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
     if config.getoption("--all-shapes") or config.option.keyword or named:
         return
-    cases = {item: item.callspec.params["case"] for item in items if _is_benchmark(item)}
-    slow = [item for item, case in cases.items() if takes_long(case, item.module.DEVICE)]
+    given = {item: item.callspec.params for item in items if _is_benchmark(item)}
+    slow = [item for item, x in given.items() if takes_long(x["case"], item.module.DEVICE, x["variant"])]
     if slow:
-        config.stash[LEFT_OUT] = [cases[item].shape.name for item in slow]
+        config.stash[LEFT_OUT] = [given[item]["case"].shape.name for item in slow]
         config.hook.pytest_deselected(items=slow)
         left_out = set(slow)
         items[:] = [item for item in items if item not in left_out]
@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter, config):
     names = config.stash.get(LEFT_OUT, [])
     if names:
         terminalreporter.write_line(
-            f"Left out: {len(names)} benchmarks of shapes that take over some seconds each on a CPU. Name one as in "
-            f"-k {names[0]}, or pass --all-shapes. They are {', '.join(dict.fromkeys(names))}."
+            f"Left out: {len(names)} benchmarks that take over some seconds each on a CPU, those of large shapes and "
+            f"the compiled peers of tiny ones. Pass -k {names[-1]} for those of one shape, or --all-shapes. "
+            f"They are of {', '.join(dict.fromkeys(names))}."
         )

@@ -56,10 +56,12 @@ def leaves_frames_over(case: Case) -> bool:
     return shape.kernel_size is not None and any(n % shape.kernel_size[0] for n in shape.frames)
 
 
-def takes_long(case: Case, device: torch.device | str) -> bool:
-    """Whether its gate and its timing take over some seconds for each contender, which only a CPU needs."""
+def takes_long(case: Case, device: torch.device | str, variant: str | None = None) -> bool:
+    """Whether gate and timing, or for a tiny shape the compilation, take over some seconds; on a CPU alone."""
     if torch.device(device).type != "cpu":
         return False
+    if case.shape.name.startswith("tiny_"):
+        return variant is not None and variant.startswith("compile")
     if case.op == PROJECT:
         return case.shape.project_flops("forward", original=True) > MOST_PRODUCTS
     return case.shape.tokens * case.shape.channels > MOST_ELEMENTS

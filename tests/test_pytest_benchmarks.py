@@ -71,7 +71,9 @@ def test_what_takes_long_is_left_out_with_a_word(asked):
     """Unless it is asked for; a test of another folder is not touched."""
     cases = [Case("weighted_pool3d", shapes.SHAPES[name], "fp32") for name in ("tiny_video", "long_video")]
     module, lines, deselected = SimpleNamespace(DEVICE="cpu"), [], []
-    benchmarks = [SimpleNamespace(callspec=SimpleNamespace(params={"case": case}), module=module) for case in cases]
+    variants = ("cpp", "compile(original)")
+    given = [{"case": case, "variant": variant} for case in cases for variant in variants]
+    benchmarks = [SimpleNamespace(callspec=SimpleNamespace(params=x), module=module) for x in given]
     items = [*map(Item, benchmarks), Item(SimpleNamespace(module=module))]
     config = SimpleNamespace(
         args=["benchmarks/test_ops.py::test_op[x]" if asked == "id" else "benchmarks"],
@@ -86,10 +88,11 @@ def test_what_takes_long_is_left_out_with_a_word(asked):
     if asked:
         assert (kept, deselected, lines) == (items, [], [])
         return
-    assert (kept, deselected) == ([items[0], items[2]], [items[1]])
+    assert (kept, deselected) == ([items[0], items[4]], items[1:4])
     assert lines == [
-        "Left out: 1 benchmarks of shapes that take over some seconds each on a CPU. Name one as in -k long_video, "
-        "or pass --all-shapes. They are long_video."
+        "Left out: 3 benchmarks that take over some seconds each on a CPU, those of large shapes and the compiled "
+        "peers of tiny ones. Pass -k long_video for those of one shape, or --all-shapes. "
+        "They are of tiny_video, long_video."
     ]
 
 
