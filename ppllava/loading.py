@@ -10,7 +10,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from . import original
-from .weights import TRAINED, finite, first_of, loaded_files, read_files, read_json, weight_files
+from .weights import TRAINED, finite, first_of, indexed_files, loaded_files, read_files, read_json, weight_files
 
 
 class StrictLoading:
@@ -40,6 +40,8 @@ class StrictLoading:
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
         folder = Path(place or "", kwargs.get("subfolder") or "")
         other = place is None or any(kwargs.get(name) for name in ("state_dict", "variant", "gguf_file"))
+        for index in () if place is None else folder.glob("*.index*.json"):
+            indexed_files(index)
         if not other:
             _check_keys(folder)
         model, info = super().from_pretrained(place, *model_args, **options)
@@ -72,7 +74,7 @@ def _check_keys(folder: Path) -> None:
     """Raise a ValueError for what transformers would not see, or leave to the order of keys."""
     files = loaded_files(folder)
     weights = read_files(files)
-    if (folder / "config.json").is_file() and original.is_original(read_json(folder / "config.json")):
+    if (folder / "config.json").exists() and original.is_original(read_json(folder / "config.json")):
         names = sorted(os.listdir(folder))
         stems = (TRAINED, "adapter_model", "model")
         also = {file.name for stem in stems for file in weight_files(folder, names, stem)} - {x.name for x in files}

@@ -63,7 +63,7 @@ def find_adapter(
             f"{str(lora[next(iter(lora))].file)!r}; pass the adapter of this model"
         )
     for folder in (adapter, source):
-        if folder is not None and (folder / "adapter_config.json").is_file():
+        if folder is not None and (folder / "adapter_config.json").exists():
             return folder, lora
     raise FileNotFoundError(
         f"the LoRA weights in {str(source)!r} need an adapter_config.json, got none; write one with "

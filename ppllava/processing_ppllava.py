@@ -36,6 +36,7 @@ from .preprocessing import (
     read_image,
     resize,
 )
+from .sizes import check_sizes
 from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
 # What transformers' pipelines and templates pass to every processor.
@@ -94,6 +95,8 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError(
                 f"guide_padding must be 'longest' or 'max_length', got {guide_padding!r}; CLIP takes the first"
             )
+        sizes = {"image_size": image_size, "patch_size": patch_size, "guide_max_length": guide_max_length}
+        check_sizes(None, sizes)
         self.image_size, self.patch_size, self.resize_mode = image_size, patch_size, resize_mode
         self.pooling = pooling
         self.pooling_kernel_size, self.pooling_stride = pooling_kernel_size, pooling_stride
@@ -107,6 +110,13 @@ class PPLlavaProcessor(ProcessorMixin):
         self.image_token_id = self._token_id(tokenizer, "image_token")
         self.video_token_id = self._token_id(tokenizer, "video_token")
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):
+        """As in transformers, but a folder's own Python code only runs with `trust_remote_code=True`; without an answer
+        nobody is asked. PPLLaVA needs no such code."""
+        trusted = bool(trust_remote_code)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, trust_remote_code=trusted, **kwargs)
 
     @classmethod
     def from_config(cls, config: PPLlavaConfig, tokenizer, guide_tokenizer, **kwargs) -> PPLlavaProcessor:

@@ -48,7 +48,8 @@ def fp8(model: Model) -> Model:
 def why_not_fp8(device: torch.device | str) -> str | None:
     """None, or the one sentence why fp8 cannot run on this device."""
     if importlib.util.find_spec("torchao") is None:
-        return "fp8 needs torchao, which is not installed; pip install 'ppllava-kernels[fp8]'"
+        remedy = 'in the folder of the sources, pip install --no-build-isolation ".[fp8]"'
+        return f"fp8 needs torchao, which is not installed; {remedy}"
     device, what = torch.device(device), f"a CUDA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or newer"
     if device.type != "cuda":
         return f"fp8 needs the model on {what}, got it on {device}; move it there, or leave it in bfloat16"

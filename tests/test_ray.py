@@ -19,8 +19,8 @@ from ppllava import cli, ray_engine, running
 from ppllava.packing import Outcome
 from ppllava.request import Request
 
-ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ppllava-kernels[ray]' runs these tests")
-pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ppllava-kernels[ray]' runs these tests")
+ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ray[data]' runs these tests")
+pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ray[data]' runs these tests")
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 RAY = ("--engine", "ray", "--workers", "2")
