@@ -272,7 +272,10 @@ def loading(model: str) -> Iterator[None]:
     except Exception as error:
         if is_memory(error):
             raise
-        raise Failure(Exit.MODEL, f"the model in {model!r} cannot be loaded: {sentence(error)}") from error
+        reason = sentence(error)
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own, which is never run; give it a tokenizer that transformers has"
+        raise Failure(Exit.MODEL, f"the model in {model!r} cannot be loaded: {reason}") from error
 
 
 @contextmanager

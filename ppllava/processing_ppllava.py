@@ -25,7 +25,7 @@ from transformers.processing_utils import TextKwargs
 
 from .configuration_ppllava import PPLlavaConfig
 from .encoding import EncodedVideo
-from .guide_text import check_questions, last_question, last_turn, tokenize_questions
+from .guide_text import check_questions, check_text, last_question, last_turn, tokenize_questions
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
@@ -404,6 +404,8 @@ class PPLlavaProcessor(ProcessorMixin):
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             got = reprlib.repr(text)  # shortened
             raise ValueError(f"text must be a prompt or a list of prompts, got {got}; {self.video_token} marks a video")
+        for prompt in prompts:
+            check_text("text", prompt)
         return prompts
 
 
