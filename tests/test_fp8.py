@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import re
 import sys
 from copy import deepcopy
@@ -116,6 +117,20 @@ def test_settings_of_the_process_stay(monkeypatch):
     model = build()[0]
     assert benchmark.emulate(model) is model
     assert not any(getattr(torch._inductor.config, name) for name in names)
+
+
+def test_torchao_is_imported_in_silence(monkeypatch, tmp_path, caplog):
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("import logging\nlogging.getLogger(__name__).warning('no GPU')\n")
+    (tmp_path / "torchao" / "quantization.py").write_text("")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Path(quantization._torchao().__file__).is_relative_to(tmp_path)
+    assert caplog.text == ""
+    assert logging.getLogger("torchao").level == logging.NOTSET
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.gpu

@@ -1,59 +1,19 @@
-"""Folders of strangers: nothing in them runs, nothing outside of them is read, and what cannot be is said at once."""
+"""Folders of strangers: only regular files are read, and what cannot be is said before it takes memory or time."""
 
-import ast
+import importlib.util
 import json
 import os
 import re
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import CLIP, FOLDERS, config_of, copy, refused, words, write
-from tiny import tiny
-from transformers import AutoProcessor, dynamic_module_utils
-from typer.testing import CliRunner
+from checkpoints import CLIP, FOLDERS, config_of, copy, lora_run, refused, words, write
+from tiny import fresh, tiny
 
-from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, cli, original, weights
+from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, original, weights
 from ppllava.convert import convert_checkpoint
-
-ROOT = Path(__file__).parent.parent
-
-# Code
-
-
-def loading_calls():
-    """(place, call) of each `from_pretrained` and of each `from_config` of an Auto class."""
-    for path in sorted(path for name in ("ppllava", "benchmarks", "hub") for path in (ROOT / name).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                owner, name = ast.unparse(node.func.value), node.func.attr
-                if name == "from_pretrained" or (name == "from_config" and owner.startswith("Auto")):
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", owner, node
-
-
-def test_every_load_refuses_code():
-    calls = [call for call in loading_calls() if call[1] not in ("super()", "LoraConfig")]  # the latter knows no code
-    assert len(calls) >= 8
-    for place, _, call in calls:
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert given.get("trust_remote_code") == "False", place
-
-
-CODE = """
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-Path({marker!r}).touch()
-class Other(PreTrainedTokenizerFast):
-    pass
-"""
-MAPS = {
-    "tokenizer_config.json": {"AutoTokenizer": [None, "code.Other"]},
-    "guide_tokenizer/tokenizer_config.json": {"AutoTokenizer": [None, "code.Other"]},
-    "processor_config.json": {"AutoProcessor": "code.Other"},
-    "config.json": {"AutoConfig": "code.Other", "AutoModelForImageTextToText": "code.Other"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,91 +22,6 @@ def whole(tmp_path_factory):
     for part in tiny():
         part.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def mapped(whole, tmp_path, monkeypatch):
-    """A function that makes a folder with code for one of its files to name; (folder, what the code makes)."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def make(name):
-        folder, marker = shutil.copytree(whole, tmp_path / "model"), tmp_path / "marker"
-        content = json.loads((folder / name).read_text())
-        content.pop("tokenizer_class", None)  # a class of transformers would be taken without a question
-        (folder / name).write_text(json.dumps({**content, "auto_map": MAPS[name]}))
-        (folder / name).with_name("code.py").write_text(CODE.format(marker=str(marker)))
-        return folder, marker
-
-    return make
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_ask_runs_no_code_and_asks_nobody(mapped, tmp_path, name):
-    folder, marker = mapped(name)
-    clip = tmp_path / "none.mp4"
-    result = CliRunner().invoke(cli.app, ["ask", str(clip), "What?", "--model", str(folder)], input="y\n" * 9)
-    assert result.stdout == ""
-    assert "[y/N]" not in result.stderr
-    assert not marker.exists()
-    if "tokenizer" in name:
-        assert result.exit_code == 4
-        assert result.stderr == (
-            f"ppllava: the model in {str(folder)!r} cannot be loaded: it needs Python code of its own, which is never "
-            "run; give it a tokenizer that transformers has\n"
-        )
-    else:
-        assert result.exit_code == 3  # there is no such clip
-
-
-def test_convert_runs_no_code(mapped, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    folder, marker = mapped("tokenizer_config.json")
-    with pytest.raises(ValueError, match=r"must hold a tokenizer, got .* custom code .*; pass the folder of one$"):
-        convert_checkpoint(folder, tmp_path / "converted")
-    assert not marker.exists()
-
-
-def test_processors_run_code_for_those_who_say_so(mapped, monkeypatch):
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
-    folder, marker = mapped("tokenizer_config.json")
-    for load in (PPLlavaProcessor, AutoProcessor):
-        with pytest.raises(ValueError, match="custom code"):
-            load.from_pretrained(folder)
-    assert not asked
-    assert not marker.exists()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    assert marker.exists()
-    assert isinstance(processor, PPLlavaProcessor)
-    assert type(processor.tokenizer).__name__ == "Other"
-
-
-def test_a_language_model_runs_no_code(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    config = json.loads((whole / "config.json").read_text())
-    config["text_config"] = {
-        **tiny()[0].config.guide_config.to_dict(),  # no language model
-        "vocab_size": config["text_config"]["vocab_size"],
-        "auto_map": {"AutoModelForCausalLM": "code.Other"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"custom code|text_config"):
-        PPLlavaForConditionalGeneration(PPLlavaConfig.from_pretrained(tmp_path))
-
-
-@pytest.mark.parametrize("section", [None, "text_config"])
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-def test_a_config_names_no_kernel_of_the_hub(whole, tmp_path, section, key):
-    config = json.loads((whole / "config.json").read_text())
-    (config if section is None else config[section])[key] = "some/kernel"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with refused(
-        f"{key} in the config.json of {str(tmp_path)!r} must be one that transformers has, got 'some/kernel'; remove "
-        "it, and pass it to from_pretrained where you trust it"
-    ):
-        PPLlavaConfig.from_pretrained(tmp_path)
-    assert PPLlavaConfig.from_pretrained(whole, attn_implementation="eager")._attn_implementation == "eager"
 
 
 # Files
@@ -254,6 +129,93 @@ def test_a_clip_outside_of_the_folder_is_not_read(source, tmp_path, weight):
     with refused(message):
         convert_checkpoint(source, tmp_path / "model")
     assert convert_checkpoint(source, tmp_path / "model", clip=CLIP).parameters
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The tiny model in a folder with a LoRA adapter, and the numbers of a layer with it."""
+    peft = pytest.importorskip("peft", reason="needs PEFT; pip install peft")
+    folder = tmp_path_factory.mktemp("adapted")
+    model = fresh()
+    for part in (model, tiny()[1]):
+        part.save_pretrained(folder)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_in_the_folder_of_a_model_is_loaded(adapted):
+    model = PPLlavaForConditionalGeneration.from_pretrained(adapted)
+    assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"r": 10**9},
+            "{file!r} must have ranks of at most 48, the longest side of its weights, got 1000000000 for r;",
+        ),
+        (
+            {"rank_pattern": {"q_proj": 10**9}},
+            "{file!r} must have ranks of at most 48, the longest side of its weights, got 1000000000 for q_proj;",
+        ),
+        ({"peft_type": "other"}, "the adapter in {folder!r} must be one of this model, got "),
+        ({"target_modules": ["nothing"]}, "the adapter in {folder!r} must be one of this model, got "),
+        (None, "{file!r} must be a JSON object, got list; download it again"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded(adapted, tmp_path, changes, message):
+    folder = shutil.copytree(adapted, tmp_path / "model")
+    file = folder / "adapter_config.json"
+    file.write_text("[]" if changes is None else json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(file=str(file), folder=str(folder)))}"):
+        PPLlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_an_adapter_without_weights_or_peft(adapted, tmp_path, monkeypatch):
+    folder = shutil.copytree(adapted, tmp_path / "model")
+    (folder / "adapter_model.safetensors").unlink()
+    with refused(
+        f"{str(folder)!r} must hold adapter_model.safetensors beside adapter_config.json, got none; add it, or remove "
+        "that file to load the model alone",
+        FileNotFoundError,
+    ):
+        PPLlavaForConditionalGeneration.from_pretrained(folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with refused(
+        f"the adapter in {str(folder)!r} needs peft, which is missing; pip install peft, or remove adapter_config.json "
+        "to load the model alone",
+        ImportError,
+    ):
+        PPLlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_an_adapter_that_takes_all_memory_or_time(tmp_path):
+    lora_run(tmp_path / "run", "peft")
+    file = tmp_path / "run" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for changes, message in (
+        (
+            {"r": 10**9},
+            "ranks of at most 40, the longest side of its weights, got 1000000000 for r; pass the two that "
+            "belong together",
+        ),
+        *(
+            (
+                {"alpha_pattern": {pattern: 4}},
+                f"names of layers or simple patterns in alpha_pattern, got {pattern!r}; "
+                "write it without repeated groups",
+            )
+            for pattern in ("(q+)+_proj", ".*.*.*.*.*q_proj")
+        ),
+    ):
+        file.write_text(json.dumps({**settings, **changes}))
+        with refused(f"{str(file)!r} must have {message}"):
+            convert_checkpoint(tmp_path / "run", tmp_path / "model", base=FOLDERS["clip"], clip=CLIP)
 
 
 # Sizes
