@@ -19,6 +19,7 @@ from .sampling import check_count
 POOLINGS = ("prompt_guided", "adaptive_mean", "temporal_mean", "none")
 BUDGETED = ("prompt_guided", "adaptive_mean")  # which can leave any number of tokens
 MOST_TOKENS = 2**20  # of one clip; more are no budget but an error
+MOST_VIEWS = 2**10  # of one image
 SIZES = (
     "pooling_kernel_size",
     "pooling_stride",
@@ -193,6 +194,11 @@ class VisualPooling:
                 raise ValueError(
                     f"image_grid_pinpoints must be [height, width] in multiples of the {self.view_size} pixels of a "
                     f"view, got {list(pinpoint)}; round it"
+                )
+            if math.prod(n // self.view_size for n in pinpoint) > MOST_VIEWS:
+                raise ValueError(
+                    f"image_grid_pinpoints must be grids of at most {MOST_VIEWS:,} views, got {list(pinpoint)} pixels; "
+                    "pass a smaller one"
                 )
 
 

@@ -14,6 +14,7 @@ LARGEST = (
     (r"intermediate_size|n_inner|ffn_dim", 2**20),
     (r"vocab_size", 2**24),
     (r"image_size|patch_size", 2**14),
+    (r"num_channels", 2**10),
     (r"guide_max_length", 2**17),
     (r"adapter_max_frames", 2**20),
     (r"max_position_embeddings|n_positions", 2**30),

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import clips
 import pytest
 from cli_fixtures import QUESTION, call, files, run
+from typer.testing import CliRunner
 
 from ppllava import cli, ray_engine, running
 from ppllava.packing import Outcome
@@ -24,6 +24,7 @@ pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ray[data]' 
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 RAY = ("--engine", "ray", "--workers", "2")
+ONE = ("--engine", "ray", "--workers", "1")  # each worker is a process that imports torch and transformers
 OPTIONS = ("--preset", "tiny", "--max-new-tokens", "8")
 KILLED = """
 import os, signal, sys
@@ -76,13 +77,14 @@ def job(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def whole(run, job, tmp_path):
+@pytest.fixture(scope="module")
+def whole(job):
     """What the file of answers holds after one run in this process."""
-    path = tmp_path / "whole.jsonl"
-    answers, result = run(job, out=path, options=OPTIONS)
-    assert (result.exit_code, len(answers)) == (3, 21)
-    return path.read_bytes()
+    path = job.with_name("whole.jsonl")
+    result = CliRunner().invoke(cli.app, ["run", str(job), "-o", str(path), *OPTIONS])
+    answers = path.read_bytes()
+    assert (result.exit_code, len(answers.splitlines())) == (3, 21)
+    return answers
 
 
 def test_the_answers_are_those_of_the_local_engine(cluster, run, job, whole, tmp_path):
@@ -127,13 +129,18 @@ def wait_for(pids):
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs /proc and pidfd_open; run on Linux")
 @pytest.mark.timeout(200)
 def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
+    """Killed as one of the users of a cluster, which must end its workers; interrupted with a cluster of its own."""
     out = tmp_path / "answers.jsonl"
-    for count, number, code in ((3, signal.SIGKILL, -signal.SIGKILL), (4, signal.SIGINT, 130)):
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    for count, number, code, place in (
+        (3, signal.SIGKILL, -signal.SIGKILL, address),
+        (4, signal.SIGINT, 130, {}),
+    ):
         mark = f"PPLLAVA_TEST={uuid.uuid4()}"
-        env = {**os.environ, **dict([mark.split("=")])}
+        env = {**os.environ, **place, **dict([mark.split("=")])}
         command = [sys.executable, "-c", KILLED, str(count), str(int(number)), "run", str(job), "-o", str(out)]
         result = subprocess.run(
-            [*command, *OPTIONS, "--engine", "ray"],
+            [*command, *OPTIONS, *ONE],
             capture_output=True,
             text=True,
             timeout=150,
@@ -143,15 +150,11 @@ def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
         assert result.returncode == code, result.stderr
         assert 0 < len(out.read_bytes().splitlines()) < 21
         assert not re.search("raylet|core_worker|authentication|ray.data|Dataset", result.stderr), result.stderr
-        if number == signal.SIGKILL:  # Ray ends by itself then, too, but its agents take a minute
-            for pid in processes(mark):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
         wait_for(processes(mark))
         assert processes(mark) == []
     text = rf"interrupted; \d+ of 21 requests are done, their answers in {re.escape(str(out))}; the same command goes"
     assert re.search(text, result.stderr.splitlines()[-1])
-    _, result = run(job, *RAY, out=out, options=OPTIONS)
+    _, result = run(job, *ONE, out=out, options=OPTIONS)
     assert "answers are in" in result.stderr
     assert out.read_bytes() == whole
 
@@ -171,7 +174,7 @@ def test_a_worker_that_dies_costs_its_group_only(cluster, run, monkeypatch):
         {"image": "i.png", "prompt": f"What is {n}?"} if n % 2 else {"prompt": f"What is {n}?"} for n in range(4)
     ]
     requests += [{"video": "b.mp4", "prompt": "Die?"}, {"image": "j.jpg"}]
-    answers, result = run(requests, *RAY)
+    answers, result = run(requests, *ONE)
     assert result.exit_code == 3
     errors = {answer["id"]: answer["error"] for answer in answers if "error" in answer}
     assert errors == {"r4": "was lost with the worker that had it; run the command again"}
@@ -179,7 +182,7 @@ def test_a_worker_that_dies_costs_its_group_only(cluster, run, monkeypatch):
 
 @pytest.mark.timeout(120)
 def test_workers_without_a_model(cluster, run, tmp_path):
-    _, result = run([{}], *RAY, options=("--model", tmp_path / "none"))
+    _, result = run([{}], *ONE, options=("--model", tmp_path / "none"))
     text = (
         f"--model must be a folder that `save_pretrained` or `ppllava convert` wrote, got '{tmp_path / 'none'}', which"
     )

@@ -230,6 +230,7 @@ def test_an_adapter_that_takes_all_memory_or_time(tmp_path):
         ("vision_config", "intermediate_size", 2**20),
         ("vision_config", "num_attention_heads", 10_000),
         ("vision_config", "image_size", 2**14),
+        ("vision_config", "num_channels", 2**10),
         ("guide_config", "max_position_embeddings", 2**17),
         (None, "projection_dim", 2**17),
     ],
@@ -265,6 +266,11 @@ def test_sizes_of_a_processor_that_cannot_be():
         PPLlavaProcessor(*parts, pooling_output_size=(1000, 1000, 1000))
     with refused(message):
         PPLlavaConfig(pooling_output_size=(1000, 1000, 1000))
+    edge = 42 * 10**6
+    with refused(
+        f"image_grid_pinpoints must be grids of at most 1,024 views, got [{edge}, {edge}] pixels; pass a smaller one"
+    ):
+        PPLlavaProcessor(*parts, image_size=42, patch_size=7, image_grid_pinpoints=[[edge, edge]])
 
 
 # Written
