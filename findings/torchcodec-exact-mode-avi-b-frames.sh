@@ -3,7 +3,7 @@
 # in order of display, without an error or a warning. PyAV, which reads the same file with the same FFmpeg, gives them in
 # order. MSVD, a common benchmark of video LLMs, is such a set of AVI files.
 #
-# Needs the shared libraries of FFmpeg 4 to 8 on the machine. Fails where that changes.
+# torchcodec loads the FFmpeg 8 that PyAV's wheel brings, so both read with one FFmpeg. Fails where that changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -52,5 +52,11 @@ for name in ("clip.mp4", "clip.avi"):
     else:
         assert [x for x in got if isinstance(x, int)] != in_order, "right in AVI now"
 PYTHON
+mkdir "$folder/ffmpeg"
+for file in "$folder"/venv/lib/python3*/site-packages/av.libs/*.so*; do
+    # libavcodec-0123abcd.so.62.1.2, under the name that torchcodec asks for: libavcodec.so.62
+    name=$(basename "$file" | sed -E 's/-[0-9a-f]+\.so\.([0-9]+).*/.so.\1/')
+    ln -sf "$file" "$folder/ffmpeg/$name"
+done
 cd "$folder"
-"$folder/venv/bin/python" "$folder/run.py"
+LD_LIBRARY_PATH="$folder/ffmpeg" "$folder/venv/bin/python" "$folder/run.py"
