@@ -122,7 +122,7 @@ class PPLlavaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs) -> None:
         for name in ("vision_config", "guide_config", "text_config"):  # which may make a list as long as a number
             section = getattr(self, name)
-            check_sizes(name, section if isinstance(section, dict) else vars(section) if section is not None else {})
+            check_sizes(name, section if isinstance(section, dict) else getattr(section, "__dict__", {}))
         check_sizes(None, {"projection_dim": self.projection_dim})
         super().__post_init__(**kwargs)
         for name in SIZES:
@@ -224,9 +224,9 @@ def _check_code(content: object, place: object) -> None:
     if not isinstance(content, dict):
         return
     for key, value in content.items():
-        if isinstance(value, dict):
+        if not re.fullmatch("_?(attn|experts)_implementation", key):
             _check_code(value, place)
-        elif re.fullmatch("_?(attn|experts)_implementation", key) and "/" in str(value):
+        elif "/" in str(value):
             raise ValueError(
                 f"{key} in the config.json of {str(place)!r} must be one that transformers has, got {value!r}; remove "
                 "it, and pass it to from_pretrained where you trust it"

@@ -141,4 +141,7 @@ def test_a_config_names_no_kernel_of_the_hub(whole, tmp_path, section, key):
         "it, and pass it to from_pretrained where you trust it"
     ):
         PPLlavaConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": {"text_config": "some/kernel"}}))
+    with pytest.raises(ValueError, match="must be one that transformers has"):
+        PPLlavaConfig.from_pretrained(tmp_path)
     assert PPLlavaConfig.from_pretrained(whole, attn_implementation="eager")._attn_implementation == "eager"
