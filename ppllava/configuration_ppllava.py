@@ -128,7 +128,7 @@ class PPLlavaConfig(PreTrainedConfig):
         for name in SIZES:
             if getattr(self, name) is not None:
                 setattr(self, name, list(triple(name, getattr(self, name))))  # a list, as in config.json
-        tied = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        tied = self.tie_word_embeddings or bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.tie_word_embeddings = self.text_config.tie_word_embeddings = tied
         self._check()
 

@@ -8,12 +8,13 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, GenerationConfig, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -112,11 +113,26 @@ class PPLlavaProcessor(ProcessorMixin):
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):
-        """As in transformers, but a folder's own Python code only runs with `trust_remote_code=True`; without an answer
-        nobody is asked. PPLLaVA needs no such code."""
-        trusted = bool(trust_remote_code)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, trust_remote_code=trusted, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, trust_remote_code: bool | None = None, **kwargs):
+        """As in transformers, but for two things. Python code of the folder only runs with `trust_remote_code=True`, and
+        nobody is asked. And a guide's tokenizer that cannot be loaded is an error; transformers takes the other one.
+
+        Raises:
+            FileNotFoundError: for a folder without the guide's tokenizer.
+        """
+        place, inside = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        guide = f"{inside}/guide_tokenizer" if inside else "guide_tokenizer"
+        if Path(place).is_dir() and not Path(place, guide).is_dir():
+            raise FileNotFoundError(
+                f"{str(place)!r} must hold the guide's tokenizer in {guide}, got none; convert the model again with "
+                "--guide-tokenizer"
+            )
+        settings, ours = cls.get_processor_dict(place, **kwargs)
+        own = inspect.signature(cls).parameters  # which are not the tokenizers'
+        theirs = {name: value for name, value in kwargs.items() if name not in own}
+        theirs["trust_remote_code"] = bool(trust_remote_code)
+        tokenizers = [AutoTokenizer.from_pretrained(place, **{**theirs, "subfolder": part}) for part in (inside, guide)]
+        return cls.from_args_and_dict(tokenizers, settings, **ours)
 
     @classmethod
     def from_config(cls, config: PPLlavaConfig, tokenizer, guide_tokenizer, **kwargs) -> PPLlavaProcessor:
