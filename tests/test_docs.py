@@ -48,7 +48,7 @@ def run(page, program):
     return namespace
 
 
-@pytest.mark.parametrize(("page", "program"), programs())
+@pytest.mark.parametrize(("page", "program"), [*programs()])
 def test_code_blocks_run(page, program, media, monkeypatch, capsys):
     monkeypatch.chdir(media)
     run(page, program)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import batch, tiny
+from tiny import batch, clip, tiny
 
 
 def without(inputs, *names):
@@ -161,7 +161,7 @@ def test_pixels_are_not_bytes(change, got):
 
 @pytest.mark.parametrize("name", ["text", "guide_text"])
 def test_half_of_a_surrogate_pair(name):
-    given = {"text": "What is it?", "guide_text": "What?", name: "What\ud83d?"}
+    given = {"text": "<video> What is it?", "guide_text": "What?", "videos": clip(4), name: "What\ud83d?"}
     message = f"{name} must be valid text, got '\\ud83d' at character 4; decode it as UTF-8 with errors='replace'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         tiny()[1](**given)
