@@ -114,8 +114,8 @@ class PPLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, trust_remote_code: bool | None = None, **kwargs):
-        """As in transformers, but for two things. Python code of the folder runs with `trust_remote_code=True` only, nobody
-        is asked. And a guide's tokenizer that cannot be loaded is an error; transformers takes the other one.
+        """As in transformers, but for two things. Python code of the folder only runs with `trust_remote_code=True`;
+        nobody is asked. And a guide's tokenizer that cannot be loaded is an error; transformers takes the other one.
 
         Raises:
             FileNotFoundError: for a folder without the guide's tokenizer.
