@@ -21,7 +21,7 @@ def cast(x, y, n: tl.constexpr):
     tl.store(y + at, tl.load(x + at).to(tl.bfloat16))
 
 
-# 1 + 3 / 512 lies between 1 + 2 / 512 and 1 + 4 / 512, the steps of bfloat16, nearer to the upper one for 3.5 / 512.
+# The steps of bfloat16 above 1 are 4 / 512: the first two numbers are nearer to 1 + 4 / 512, the third to 1.
 x = torch.tensor([1 + 3.5 / 512, -1 - 3.5 / 512, 1 + 0.5 / 512, 1 + 1 / 128])
 y = torch.empty(4, dtype=torch.bfloat16)
 cast[(1,)](x, y, 4)
