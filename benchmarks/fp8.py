@@ -106,8 +106,11 @@ def build(args: argparse.Namespace) -> tuple[dict[str, PPLlavaForConditionalGene
     from ppllava.quantization import fp8
 
     if args.model:
-        model = PPLlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device).eval()
-        processor = PPLlavaProcessor.from_pretrained(args.model)
+        model = PPLlavaForConditionalGeneration.from_pretrained(
+            args.model, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        model = model.to(args.device).eval()
+        processor = PPLlavaProcessor.from_pretrained(args.model, trust_remote_code=False)
     else:
         model, processor = presets.build(args.preset, dtype=torch.bfloat16, device=args.device)
     change = fp8 if kind(args.device) == "cuda" else emulate

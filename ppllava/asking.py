@@ -245,7 +245,8 @@ def load_processor(model: str | None, preset: str | None) -> tuple[PPLlavaConfig
         if not os.path.isfile(os.path.join(model, "processor_config.json")):
             remedy = "convert it again, with --tokenizer and --guide-tokenizer"
             raise ValueError(f"it has no processor_config.json; {remedy}")
-        config, processor = PPLlavaConfig.from_pretrained(model), PPLlavaProcessor.from_pretrained(model)
+        config = PPLlavaConfig.from_pretrained(model, trust_remote_code=False)
+        processor = PPLlavaProcessor.from_pretrained(model, trust_remote_code=False)
         check_count("num_frames", processor.num_frames)
         return config, processor
 
@@ -260,7 +261,7 @@ def load_model(
         return network
     with loading(model):
         return PPLlavaForConditionalGeneration.from_pretrained(
-            model, config=config, dtype=dtype.torch or "auto", device_map=str(device)
+            model, config=config, dtype=dtype.torch or "auto", device_map=str(device), trust_remote_code=False
         ).eval()
 
 
@@ -271,7 +272,10 @@ def loading(model: str) -> Iterator[None]:
     except Exception as error:
         if is_memory(error):
             raise
-        raise Failure(Exit.MODEL, f"the model in {model!r} cannot be loaded: {sentence(error)}") from error
+        reason = sentence(error)
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own, which is never run; give it a tokenizer that transformers has"
+        raise Failure(Exit.MODEL, f"the model in {model!r} cannot be loaded: {reason}") from error
 
 
 @contextmanager

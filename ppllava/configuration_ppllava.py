@@ -1,5 +1,6 @@
 """The configuration: a vision tower, the text tower that guides it, a language model, the windows."""
 
+import re
 from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
@@ -13,6 +14,7 @@ from . import (
     original,
 )
 from .pooling import SIZES, VisualPooling
+from .sizes import check_sizes
 
 # The text tower that belongs to each vision tower.
 GUIDES = {
@@ -118,11 +120,15 @@ class PPLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs) -> None:
+        for name in ("vision_config", "guide_config", "text_config"):  # which may make a list as long as a number
+            section = getattr(self, name)
+            check_sizes(name, section if isinstance(section, dict) else getattr(section, "__dict__", {}))
+        check_sizes(None, {"projection_dim": self.projection_dim})
         super().__post_init__(**kwargs)
         for name in SIZES:
             if getattr(self, name) is not None:
                 setattr(self, name, list(triple(name, getattr(self, name))))  # a list, as in config.json
-        tied = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        tied = self.tie_word_embeddings or bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.tie_word_embeddings = self.text_config.tie_word_embeddings = tied
         self._check()
 
@@ -130,6 +136,7 @@ class PPLlavaConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; a folder of the original implementation is translated (`ppllava.original`)."""
         config, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _check_code(config, pretrained_model_name_or_path)
         if original.is_original(config):
             config = original.translate_config(config, pretrained_model_name_or_path)
         return config, rest
@@ -209,6 +216,20 @@ class PPLlavaConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_token_index and video_token_index must differ, got {self.image_token_index} for both; add a "
                 "token to the tokenizer for one of them"
+            )
+
+
+def _check_code(content: object, place: object) -> None:
+    """A config.json must not choose code of the Hub: transformers takes `OWNER/NAME` for a kernel to download."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if not re.fullmatch("_?(attn|experts)_implementation", key):
+            _check_code(value, place)
+        elif "/" in str(value):
+            raise ValueError(
+                f"{key} in the config.json of {str(place)!r} must be one that transformers has, got {value!r}; remove "
+                "it, and pass it to from_pretrained where you trust it"
             )
 
 

@@ -23,6 +23,7 @@ from .stretch import stretch_position_embedding
 from .weights import (
     Weight,
     Weights,
+    check_regular,
     check_tied,
     finite,
     first_of,
@@ -115,15 +116,9 @@ def convert_checkpoint(
         ValueError, OSError, ImportError: with one sentence that names files and weights; nothing is written.
     """
     source, destination = _folder("source", source), Path(destination)
+    given = dict(base=base, clip=clip, adapter=adapter, tokenizer=tokenizer, guide_tokenizer=guide_tokenizer)
     base, clip, adapter, tokenizer, guide_tokenizer = (
-        None if path is None else _folder(name, path)
-        for name, path in (
-            ("base", base),
-            ("clip", clip),
-            ("adapter", adapter),
-            ("tokenizer", tokenizer),
-            ("guide_tokenizer", guide_tokenizer),
-        )
+        None if path is None else _folder(name, path) for name, path in given.items()
     )
     _check_destination(source, destination)
     config, model, named, retrained = _model(source, base, clip)
@@ -131,7 +126,7 @@ def convert_checkpoint(
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     report = Conversion(source, destination)
 
-    found = read_weights(source, required=not (source / "adapter_config.json").is_file())
+    found = read_weights(source, required=not (source / "adapter_config.json").exists())
     plain, lora = split_adapter(found, expected)
     lora_folder, lora = find_adapter(source, adapter, lora, expected)
     files = {(weight.file, weight.key) for weight in (*found.values(), *lora.values())}
@@ -178,7 +173,8 @@ def convert_checkpoint(
         write_weights(folder, {name: weights[name].tensor for name in expected}, dtypes)
         config.save_pretrained(folder)
         for model_folder in (source, base):
-            if model_folder is not None and (model_folder / GENERATION).is_file():
+            if model_folder is not None and (model_folder / GENERATION).exists():
+                check_regular(model_folder / GENERATION)
                 shutil.copyfile(model_folder / GENERATION, folder / GENERATION)
                 break
         if processor is not None:
@@ -193,11 +189,11 @@ def _model(
     source: Path, base: Path | None, clip: Path | None
 ) -> tuple[PPLlavaConfig, PPLlavaForConditionalGeneration, Path | None, str | None]:
     """(configuration, model without weights, folder of the CLIP model that is named and there, clip_post_pretrain)."""
-    own = source if (source / "config.json").is_file() or base is None else base
+    own = source if (source / "config.json").exists() or base is None else base
     content, named, retrained = original.read_config(own), None, None
     if original.is_original(content):
         content, config = original.translate_config(content, own, clip), content
-        named = own / config["clip_weight"] if config.get("clip_weight") else None
+        named = original.clip_folder(config.get("clip_weight"), own)
         retrained = config.get("clip_post_pretrain") or None
     elif content.get("model_type") != "ppllava":
         raise ValueError(
@@ -367,10 +363,13 @@ def _processor(
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def _tokenizer(folder: Path, **kwargs) -> PreTrainedTokenizerBase:
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            check_regular(folder / name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # of transformers, tokenizers and sentencepiece, each with its own

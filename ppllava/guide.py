@@ -61,6 +61,11 @@ class PPLlavaGuide(nn.Module):
                 f"guide_input_ids must be [B, L] with at most the {limit} positions of the guide, got shape "
                 f"{list(guide_input_ids.shape)}; let PPLlavaProcessor truncate the question"
             )
+        if guide_input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"guide_input_ids must be int64 or int32, got {guide_input_ids.dtype}; pass them as PPLlavaProcessor "
+                "makes them"
+            )
         if guide_attention_mask is not None and guide_attention_mask.shape != guide_input_ids.shape:
             raise ValueError(
                 f"guide_attention_mask must have the shape of guide_input_ids, {list(guide_input_ids.shape)}, got "

@@ -9,6 +9,17 @@ from typing import Any
 from torch import Tensor
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise a ValueError for a text with half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid text, got {text[error.start]!r} at character {error.start}; decode it as UTF-8 with "
+            "errors='replace'"
+        ) from None
+
+
 def last_question(messages: Any) -> str:
     """The text of the last user turn of a conversation."""
     turns = [message for message in getattr(messages, "messages", messages) if message["role"] == "user"]
@@ -49,6 +60,7 @@ def check_questions(
     for i, (guide, count) in enumerate(zip(guides, counts)):
         if not isinstance(guide, str):
             raise ValueError(f"guide_text must be text, got {guide!r} for prompt {i}; pass the question")
+        check_text("guide_text", guide)
         if count and not guide.strip():
             raise ValueError(
                 f"prompt {i} must ask something in the user's last turn, got images or videos alone; write a "
@@ -84,4 +96,4 @@ def tokenize_questions(tokenizer: Any, questions: Sequence[str], limit: int, pad
     return inputs
 
 
-__all__ = ["check_questions", "last_question", "last_turn", "tokenize_questions"]
+__all__ = ["check_questions", "check_text", "last_question", "last_turn", "tokenize_questions"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from . import original
-from .weights import TRAINED, finite, first_of, loaded_files, read_files, read_json, weight_files
+from .lora import check_adapter
+from .weights import TRAINED, finite, first_of, indexed_files, loaded_files, read_files, read_json, weight_files
 
 
 class StrictLoading:
@@ -40,6 +43,8 @@ class StrictLoading:
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
         folder = Path(place or "", kwargs.get("subfolder") or "")
         other = place is None or any(kwargs.get(name) for name in ("state_dict", "variant", "gguf_file"))
+        for index in () if place is None else folder.glob("*.index*.json"):
+            indexed_files(index)
         if not other:
             _check_keys(folder)
         model, info = super().from_pretrained(place, *model_args, **options)
@@ -67,12 +72,38 @@ class StrictLoading:
             )
         return (model, info) if output_loading_info else model
 
+    def load_adapter(self, peft_model_id: str | os.PathLike | None = None, *args, **kwargs):
+        """As in transformers, which also calls it for the adapter in the folder of a model.
+
+        Raises:
+            ValueError, FileNotFoundError: for an adapter that cannot be read, or is none of this model.
+        """
+        try:
+            if peft_model_id is not None and Path(peft_model_id).is_dir():
+                check_adapter(Path(peft_model_id))
+            return super().load_adapter(peft_model_id, *args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError, ImportError):
+            raise
+        except Exception as error:  # PEFT checks little
+            if isinstance(error, (ValueError, FileNotFoundError)) and "; " in str(error):  # which says what to do
+                raise
+            reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+            raise ValueError(
+                f"the adapter in {str(peft_model_id)!r} must be one of this model, got {type(error).__name__}: "
+                f"{reason}; save it again with PEFT, or remove adapter_config.json to load the model alone"
+            ) from error
+
 
 def _check_keys(folder: Path) -> None:
     """Raise a ValueError for what transformers would not see, or leave to the order of keys."""
+    if (folder / "adapter_config.json").exists() and importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            f"the adapter in {str(folder)!r} needs peft, which is missing; pip install peft, or remove "
+            "adapter_config.json to load the model alone"
+        )
     files = loaded_files(folder)
     weights = read_files(files)
-    if (folder / "config.json").is_file() and original.is_original(read_json(folder / "config.json")):
+    if (folder / "config.json").exists() and original.is_original(read_json(folder / "config.json")):
         names = sorted(os.listdir(folder))
         stems = (TRAINED, "adapter_model", "model")
         also = {file.name for stem in stems for file in weight_files(folder, names, stem)} - {x.name for x in files}

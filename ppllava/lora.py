@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def find_adapter(
             f"{str(lora[next(iter(lora))].file)!r}; pass the adapter of this model"
         )
     for folder in (adapter, source):
-        if folder is not None and (folder / "adapter_config.json").is_file():
+        if folder is not None and (folder / "adapter_config.json").exists():
             return folder, lora
     raise FileNotFoundError(
         f"the LoRA weights in {str(source)!r} need an adapter_config.json, got none; write one with "
@@ -91,7 +92,7 @@ def merge_adapter(
         raise ImportError(f"merging the LoRA adapter in {str(folder)!r} needs peft; pip install peft") from None
     modules = sorted({name.partition(".lora_")[0] for name in lora})
     file = folder / "adapter_config.json"
-    _check_settings(file)
+    _check_ranks(file, _check_settings(file), lora)
     targets = {f"{module}.weight": weights[f"{module}.weight"].tensor for module in modules}
     # Copies, for PEFT adds in place.
     state = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in targets.items()}
@@ -100,7 +101,7 @@ def merge_adapter(
         settings = LoraConfig.from_pretrained(str(folder))
         settings.target_modules, settings.exclude_modules, settings.modules_to_save = modules, None, None
         settings.layers_to_transform, settings.layers_pattern, settings.task_type = None, None, None
-        settings.init_lora_weights, settings.inference_mode = True, False
+        settings.init_lora_weights, settings.inference_mode, settings.megatron_config = True, False, None
         settings.rank_pattern = _renamed(settings.rank_pattern, lora)
         settings.alpha_pattern = _renamed(settings.alpha_pattern, lora)
         wrapped = get_peft_model(model, settings)
@@ -125,7 +126,37 @@ def merge_adapter(
     return modules
 
 
-def _check_settings(file: Path) -> None:
+def check_adapter(folder: Path) -> None:
+    """Look at an adapter before PEFT reads it.
+
+    Raises:
+        FileNotFoundError: if it has no weights.
+        ValueError: for files that cannot be read or are not plain tensors, and for ranks that are not its weights'.
+    """
+    file = folder / "adapter_config.json"
+    settings = read_json(file)
+    weights = read_files(weight_files(folder, sorted(os.listdir(folder)), "adapter_model"))
+    if not weights:
+        raise FileNotFoundError(
+            f"{str(folder)!r} must hold adapter_model.safetensors beside adapter_config.json, got none; add it, or "
+            "remove that file to load the model alone"
+        )
+    _check_ranks(file, settings, weights)
+
+
+def _check_ranks(file: Path, settings: dict[str, Any], weights: Weights) -> None:
+    """PEFT makes tensors of the ranks that the settings name before it compares them with the weights."""
+    most = max((max(weight.tensor.shape, default=0) for weight in weights.values()), default=0)
+    patterns = settings.get("rank_pattern")
+    for name, rank in {"r": settings.get("r"), **(patterns if isinstance(patterns, dict) else {})}.items():
+        if isinstance(rank, (int, float)) and not rank <= most:
+            raise ValueError(
+                f"{str(file)!r} must have ranks of at most {most}, the longest side of its weights, got {rank} for "
+                f"{name}; pass the two that belong together"
+            )
+
+
+def _check_settings(file: Path) -> dict[str, Any]:
     settings = read_json(file)
     if (kind := settings.get("peft_type")) != "LORA":
         raise ValueError(f"{str(file)!r} must have peft_type 'LORA', got {kind!r}; no other adapter can be merged")
@@ -136,6 +167,21 @@ def _check_settings(file: Path) -> None:
                 f"{str(file)!r} must have {name} as a positive number, got {value!r}; use that of the training "
                 "configuration"
             )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in settings.get(name) or ():
+            if (
+                not isinstance(pattern, str)
+                or re.search(r"[)}*+?]\s*[*+{]", pattern)
+                or len(_REPEATS.findall(pattern)) > 4
+            ):
+                raise ValueError(
+                    f"{str(file)!r} must have names of layers or simple patterns in {name}, got {pattern!r}; write it "
+                    "without repeated groups"
+                )
+    return settings
+
+
+_REPEATS = re.compile(r"[*+{]")  # each of which multiplies the time that a match may take
 
 
 def _renamed(patterns: dict[str, float] | None, lora: Weights) -> dict[str, float]:
@@ -151,4 +197,4 @@ def _renamed(patterns: dict[str, float] | None, lora: Weights) -> dict[str, floa
     return renamed
 
 
-__all__ = ["find_adapter", "merge_adapter", "split_adapter"]
+__all__ = ["check_adapter", "find_adapter", "merge_adapter", "split_adapter"]

@@ -40,6 +40,8 @@ def pack_videos(
     """(all frames [F, ...], clips) for pixels or features, packed as [F, ...] as well as dense as [B, T, ...]."""
     _check_floating(name, videos)
     shape, one = list(videos.shape), AXES[name]
+    if name == "pixel_values_videos":
+        _check_size(name, shape, pooling)
     if video_frames is None:
         if len(shape) != 5:
             raise ValueError(
@@ -47,7 +49,7 @@ def pack_videos(
                 f"frames of each video to pack videos as [F, {one}]"
             )
         return videos.flatten(0, 1), [Clip(shape[1], pooling.video_window(shape[1]))] * shape[0]
-    frames = torch.as_tensor(video_frames).tolist()
+    frames = _numbers("video_frames", video_frames, "[B]")
     if len(shape) != 4 or sum(frames) != shape[0] or min(frames, default=0) < 1:
         raise ValueError(
             f"{name} must be [F, {one}] with F = {sum(frames)}, the sum of video_frames, each at least 1, got shape "
@@ -74,11 +76,13 @@ def pack_images(
 ) -> tuple[Tensor, list[Clip]]:
     """(pixel_values [V, 3, S, S], one clip for each group) for packed views."""
     _check_floating("pixel_values", pixel_values)
-    views = [1] * len(pixel_values) if image_views is None else torch.as_tensor(image_views).tolist()  # [I]
-    groups = [1] * len(views) if image_groups is None else torch.as_tensor(image_groups).tolist()  # [G]
+    views = [1] * len(pixel_values) if image_views is None else _numbers("image_views", image_views, "[I]")
+    groups = [1] * len(views) if image_groups is None else _numbers("image_groups", image_groups, "[G]")
     # Only the grid of an image in several views depends on its size.
-    sizes = [(pooling.view_size,) * 2] * len(views) if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+    square = (pooling.view_size,) * 2
+    sizes = [square] * len(views) if image_sizes is None else _numbers("image_sizes", image_sizes, "[I, 2]")
     shape = list(pixel_values.shape)
+    _check_size("pixel_values", shape, pooling)
     if len(shape) != 4 or sum(views) != shape[0] or min(views, default=0) < 1:
         raise ValueError(
             f"pixel_values must be [V, 3, S, S] with V = {sum(views)}, the sum of image_views, each at least 1, got "
@@ -114,11 +118,32 @@ def _check_views(views: list[int], sizes: list, pooling: VisualPooling) -> None:
 
 
 def _check_floating(name: str, pixels: Tensor) -> None:
-    if not pixels.is_floating_point():
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
         raise TypeError(
-            f"{name} must be floating point, normalised as the vision tower wants it, got {pixels.dtype}; let "
+            f"{name} must be floating point, normalised as the vision tower wants it, got {got}; let "
             "PPLlavaProcessor make it"
         )
+
+
+def _check_size(name: str, shape: list[int], pooling: VisualPooling) -> None:
+    if len(shape) < 4 or shape[-3:-1] != [3, pooling.view_size]:
+        raise ValueError(
+            f"{name} must end with [3, S, S], S = {pooling.view_size} pixels of this model's vision tower, got shape "
+            f"{shape}; let PPLlavaProcessor make it"
+        )
+
+
+def _numbers(name: str, values: Tensor | list, axes: str) -> list:
+    """values int, [N] or [N, 2] as `axes` says, as a list."""
+    tensor = torch.as_tensor(values)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if not whole or tensor.dim() != axes.count(",") + 1 or (tensor.dim() == 2 and tensor.shape[1] != 2):
+        raise ValueError(
+            f"{name} must be whole numbers {axes}, got {tensor.dtype} of shape {list(tensor.shape)}; pass it as "
+            "PPLlavaProcessor makes it"
+        )
+    return tensor.tolist()
 
 
 __all__ = ["Clip", "check_features", "pack_images", "pack_videos"]

@@ -65,7 +65,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         self.guide = PPLlavaGuide(config)
         self.multi_modal_projector = PPLlavaProjector(config)
         self.image_newline = nn.Parameter(torch.zeros(config.token_width))
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         if (width := self.get_input_embeddings().embedding_dim) != config.token_width:
             raise ValueError(
                 f"text_config must embed tokens in its hidden_size {config.token_width}, got {width} from "
@@ -361,7 +361,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
 
 def _vision_tower(config: PPLlavaConfig) -> PreTrainedModel:
     """The tower up to `vision_feature_layer`: what lies above would be computed for nothing. It has no weights here."""
-    tower = AutoModel.from_config(config.vision_config)
+    tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
     if isinstance(tower, BTAdapterVisionModel):
         tower.truncate(config.vision_layers)
     else:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedConfig, SiglipTextCon
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .sizes import check_sizes
 from .weights import Weights, put, read_json
 
 ARCHITECTURE = "LlavaInterleaveForConditionalGeneration"
@@ -117,7 +118,7 @@ def translate_config(
 
     Args:
         config: content of the file.
-        folder: where it lies, the root of a relative `clip_weight`.
+        folder: where it lies; a `clip_weight` in it is read, one elsewhere is not.
         clip: folder of the CLIP or SigLIP model instead of the one that `clip_weight` names. Its config.json describes
             the text tower, which the original's does not.
 
@@ -156,6 +157,7 @@ def _translate(config: dict[str, Any], folder: str | os.PathLike, clip: str | os
     vision.setdefault("model_type", "siglip_vision_model" if siglip else "clip_vision_model")
     text.setdefault("model_type", "qwen2" if siglip else "llama")
     _check_types(config, vision, text)
+    check_sizes("text_config", text)  # before transformers makes a list of its layers
     _check(config, vision, siglip)
     tower, projection_dim = _tower(config.get("clip_weight"), folder, clip, siglip)
     guide = {name: getattr(tower, name) for name in _TEXT_TOWER if hasattr(tower, name)}
@@ -253,10 +255,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not a JSON object.
+        ValueError: if it is no regular file, or not a JSON object.
     """
     path = Path(folder, "config.json")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{str(folder)!r} must be a folder with a config.json, got none; pass the model's folder"
         )
@@ -333,24 +335,29 @@ def _pooling(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json must have either pooling_kernel or pllava_pooling_shape for ppllava, got {both}; leave one"
         )
     windows = {"pooling_kernel_size": kernel, "pooling_stride": stride, "pooling_output_size": shape}
-    images = {f"image_pooling_{ours}": config.get(f"image_pooling_{theirs}") for ours, theirs in _IMAGE_WINDOWS}
-    return {"pooling": POOLINGS[name], **{key: value for key, value in (windows | images).items() if value is not None}}
+    windows["image_pooling_kernel_size"] = config.get("image_pooling_kernel")
+    windows["image_pooling_stride"] = config.get("image_pooling_stride")
+    return {"pooling": POOLINGS[name], **{key: value for key, value in windows.items() if value is not None}}
 
 
-_IMAGE_WINDOWS = (("kernel_size", "kernel"), ("stride", "stride"))
+def clip_folder(weight: str | None, folder: str | os.PathLike) -> Path | None:
+    """The folder in `folder` that `clip_weight` names. None if it names a place elsewhere: a checkpoint must not choose
+    what else is read on this machine."""
+    if not weight or os.path.isabs(weight) or ".." in re.split(r"[/\\]", weight):
+        return None
+    return Path(folder, weight)
 
 
 def _tower(
     weight: str | None, folder: str | os.PathLike, clip: str | os.PathLike | None, siglip: bool
 ) -> tuple[PreTrainedConfig, int | None]:
     """(configuration of the text tower that guides, projection_dim of CLIP)."""
-    named = Path(folder, weight) if weight else None
-    if clip is not None or (named is not None and (named / "config.json").is_file()):
-        source = clip if clip is not None else named
-        config = read_config(source)
-    else:
-        source = weight
-        config = _TOWERS.get(os.path.basename((weight or "").rstrip("/\\")))
+    named = clip_folder(weight, folder)
+    if clip is None and named is not None and (named / "config.json").exists():
+        clip = named
+    source = weight if clip is None else clip
+    known = os.path.basename((weight or "").rstrip("/\\"))
+    config = _TOWERS.get(known) if clip is None else read_config(clip)
     if config is None:
         raise ValueError(
             f"the text tower of {str(folder)!r} is that of clip_weight {weight!r}, which is no folder in it and not "
@@ -381,6 +388,7 @@ __all__ = [
     "POSITION_TAIL",
     "POSITION_WEIGHT",
     "by_name",
+    "clip_folder",
     "describing",
     "fold_positions",
     "is_original",

@@ -18,6 +18,8 @@ from .sampling import check_count
 
 POOLINGS = ("prompt_guided", "adaptive_mean", "temporal_mean", "none")
 BUDGETED = ("prompt_guided", "adaptive_mean")  # which can leave any number of tokens
+MOST_TOKENS = 2**20  # of one clip; more are no budget but an error
+MOST_VIEWS = 2**10  # of one image
 SIZES = (
     "pooling_kernel_size",
     "pooling_stride",
@@ -159,6 +161,11 @@ class VisualPooling:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.pooling == "adaptive_mean" and self.pooling_output_size is None:
             raise ValueError("pooling_output_size must be given for adaptive_mean, got None; PLLaVA uses (16, 12, 12)")
+        if math.prod(self.pooling_output_size or ()) > MOST_TOKENS:
+            raise ValueError(
+                f"pooling_output_size must be at most {MOST_TOKENS:,} tokens, got {list(self.pooling_output_size)}; "
+                "pass a smaller one"
+            )
         depth = (self.image_pooling_kernel_size or (1,))[0]
         if depth != 1:
             raise ValueError(
@@ -187,6 +194,11 @@ class VisualPooling:
                 raise ValueError(
                     f"image_grid_pinpoints must be [height, width] in multiples of the {self.view_size} pixels of a "
                     f"view, got {list(pinpoint)}; round it"
+                )
+            if math.prod(n // self.view_size for n in pinpoint) > MOST_VIEWS:
+                raise ValueError(
+                    f"image_grid_pinpoints must be grids of at most {MOST_VIEWS:,} views, got {list(pinpoint)} pixels; "
+                    "pass a smaller one"
                 )
 
 

@@ -8,12 +8,13 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, GenerationConfig, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -25,7 +26,7 @@ from transformers.processing_utils import TextKwargs
 
 from .configuration_ppllava import PPLlavaConfig
 from .encoding import EncodedVideo
-from .guide_text import check_questions, last_question, last_turn, tokenize_questions
+from .guide_text import check_questions, check_text, last_question, last_turn, tokenize_questions
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
@@ -36,6 +37,7 @@ from .preprocessing import (
     read_image,
     resize,
 )
+from .sizes import check_sizes
 from .templates import QWEN_MARKERS, QWEN_TEMPLATE, VICUNA_MARKERS, VICUNA_TEMPLATE
 
 # What transformers' pipelines and templates pass to every processor.
@@ -94,6 +96,8 @@ class PPLlavaProcessor(ProcessorMixin):
             raise ValueError(
                 f"guide_padding must be 'longest' or 'max_length', got {guide_padding!r}; CLIP takes the first"
             )
+        sizes = {"image_size": image_size, "patch_size": patch_size, "guide_max_length": guide_max_length}
+        check_sizes(None, sizes)
         self.image_size, self.patch_size, self.resize_mode = image_size, patch_size, resize_mode
         self.pooling = pooling
         self.pooling_kernel_size, self.pooling_stride = pooling_kernel_size, pooling_stride
@@ -107,6 +111,28 @@ class PPLlavaProcessor(ProcessorMixin):
         self.image_token_id = self._token_id(tokenizer, "image_token")
         self.video_token_id = self._token_id(tokenizer, "video_token")
         super().__init__(tokenizer, guide_tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, trust_remote_code: bool | None = None, **kwargs):
+        """As in transformers, but for two things. Python code of the folder only runs with `trust_remote_code=True`;
+        nobody is asked. And a guide's tokenizer that cannot be loaded is an error; transformers takes the other one.
+
+        Raises:
+            FileNotFoundError: for a folder without the guide's tokenizer.
+        """
+        place, inside = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        guide = f"{inside}/guide_tokenizer" if inside else "guide_tokenizer"
+        if Path(place).is_dir() and not Path(place, guide).is_dir():
+            raise FileNotFoundError(
+                f"{str(place)!r} must hold the guide's tokenizer in {guide}, got none; convert the model again with "
+                "--guide-tokenizer"
+            )
+        settings, ours = cls.get_processor_dict(place, **kwargs)
+        own = inspect.signature(cls).parameters  # which are not the tokenizers'
+        theirs = {name: value for name, value in kwargs.items() if name not in own}
+        theirs["trust_remote_code"] = bool(trust_remote_code)
+        tokenizers = [AutoTokenizer.from_pretrained(place, **{**theirs, "subfolder": part}) for part in (inside, guide)]
+        return cls.from_args_and_dict(tokenizers, settings, **ours)
 
     @classmethod
     def from_config(cls, config: PPLlavaConfig, tokenizer, guide_tokenizer, **kwargs) -> PPLlavaProcessor:
@@ -394,6 +420,8 @@ class PPLlavaProcessor(ProcessorMixin):
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             got = reprlib.repr(text)  # shortened
             raise ValueError(f"text must be a prompt or a list of prompts, got {got}; {self.video_token} marks a video")
+        for prompt in prompts:
+            check_text("text", prompt)
         return prompts
 
 

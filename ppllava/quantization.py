@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -34,9 +37,7 @@ def fp8(model: Model) -> Model:
     if why := why_not_fp8(model.device):
         raise RuntimeError(why)
     chosen = set(fp8_linears(model).values())
-    from torchao.quantization import quantize_
-
-    quantize_(model, fp8_config(), filter_fn=lambda module, name: module in chosen)
+    _torchao().quantize_(model, fp8_config(), filter_fn=lambda module, name: module in chosen)
     for module in chosen:
         weight = module.weight
         zeros = weight.scale == 0  # [O, 1], of rows that torchao made 0 / 0
@@ -48,7 +49,8 @@ def fp8(model: Model) -> Model:
 def why_not_fp8(device: torch.device | str) -> str | None:
     """None, or the one sentence why fp8 cannot run on this device."""
     if importlib.util.find_spec("torchao") is None:
-        return "fp8 needs torchao, which is not installed; pip install 'ppllava-kernels[fp8]'"
+        remedy = 'in the folder of the sources, pip install --no-build-isolation ".[fp8]"'
+        return f"fp8 needs torchao, which is not installed; {remedy}"
     device, what = torch.device(device), f"a CUDA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or newer"
     if device.type != "cuda":
         return f"fp8 needs the model on {what}, got it on {device}; move it there, or leave it in bfloat16"
@@ -61,12 +63,23 @@ def why_not_fp8(device: torch.device | str) -> str | None:
     return None
 
 
+def _torchao() -> ModuleType:
+    """`torchao.quantization`, without its warning for each library of a GPU that this machine cannot load."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        return importlib.import_module("torchao.quantization")
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
 def fp8_config() -> Float8DynamicActivationFloat8WeightConfig:
     """What :func:`fp8` gives to torchao; of inductor's settings, which are the process's, it changes none."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-
-    return Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(),
+    torchao = _torchao()
+    return torchao.Float8DynamicActivationFloat8WeightConfig(
+        granularity=torchao.PerRow(),
         activation_value_lb=LEAST,  # a row of zeros, as that of a padding token, would become 0 / 0
         set_inductor_config=False,
     )

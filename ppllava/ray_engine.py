@@ -36,7 +36,7 @@ class RayEngine:
             import ray
             import ray.data
         except ImportError as error:
-            remedy = "pip install 'ppllava-kernels[ray]', or leave it out"
+            remedy = 'in the folder of the sources, pip install --no-build-isolation ".[ray]", or leave it out'
             raise Failure(Exit.USAGE, f"--engine ray needs Ray, which is missing; {remedy}") from error
         rows = list(self._groups(requests, done))
         ours = not ray.is_initialized()

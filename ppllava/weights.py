@@ -6,8 +6,9 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_SHARD_SIZE = "5GB"
+MAX_JSON_BYTES = 64 * 2**20  # an index of 100,000 weights has 10 MB
 TRAINED = "non_lora_trainable"
 
 
@@ -63,12 +65,39 @@ def check_tied(weight: Weight, partner: Weight) -> None:
         )
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file before it is opened: reading a pipe or a device may never end.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for a folder, a pipe, a socket or a device, or a link to one of them.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} must be a file, got none; download it again") from None
+    except OSError as error:  # links in a circle
+        raise ValueError(f"{str(path)!r} must be a file, got {error.strerror}; download it again") from None
+    if not stat.S_ISREG(mode):
+        got = next((name for name, is_kind in _KINDS.items() if is_kind(mode)), "something else")
+        raise ValueError(f"{str(path)!r} must be a regular file, got {got}; remove it, and download the file again")
+
+
+_KINDS = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
 def read_weights(folder: Path, required: bool = True) -> Weights:
     """Weights by key, of the files `model*` (or else `pytorch_model*`) and `non_lora_trainable*`, which win.
 
     Raises:
         FileNotFoundError: if there are none though they are `required`, or if a shard is missing.
-        ValueError: for a file that cannot be read, is not plain tensors, or a weight that is in two of them.
+        ValueError: for a file that is no regular one, cannot be read or is not plain tensors, for an index that names
+            files elsewhere, or for a weight that two files have.
     """
     names = sorted(os.listdir(folder))
     files = weight_files(folder, names, "model") or weight_files(folder, names, "pytorch_model")
@@ -85,10 +114,8 @@ def weight_files(folder: Path, names: list[str], stem: str) -> list[Path]:
     found = [name for name in names if re.fullmatch(rf"{stem}.*\.(safetensors|bin)", name)]
     wanted: set[str] = set()
     for name in names:
-        if re.fullmatch(rf"{stem}.*\.index\.json", name) and isinstance(
-            files := read_json(folder / name).get("weight_map"), dict
-        ):
-            wanted.update(map(str, files.values()))
+        if re.fullmatch(rf"{stem}.*\.index\.json", name):
+            wanted.update(indexed_files(folder / name))
     for name in found:
         if shard := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.\w+)", name):
             wanted.update(f"{shard[1]}{i + 1:05}{shard[2]}" for i in range(int(shard[3])))
@@ -99,14 +126,28 @@ def weight_files(folder: Path, names: list[str], stem: str) -> list[Path]:
 def loaded_files(folder: Path) -> list[Path]:
     """The files with weights that transformers' `from_pretrained` reads in a folder."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return [folder / name]
         index = folder / f"{name}.index.json"
-        if index.is_file() and isinstance(files := read_json(index).get("weight_map"), dict):
-            shards = sorted(set(map(str, files.values())))
-            _check_shards(folder, [name for name in shards if not (folder / name).is_file()])
+        if index.exists() and (shards := indexed_files(index)):
+            _check_shards(folder, [name for name in shards if not (folder / name).exists()])
             return [folder / name for name in shards]
     return []
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the files that a `*.index.json` of transformers distributes the weights over.
+
+    Raises:
+        ValueError: if it cannot be read, or names a file that does not lie beside it.
+    """
+    files = read_json(index).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    if elsewhere := [name for name in names if name in ("", ".", "..") or re.search(r"[/\\\0]", name)]:
+        raise ValueError(
+            f"{str(index)!r} must name files that lie beside it, got {elsewhere[0]!r}; download the model again"
+        )
+    return names
 
 
 def _check_shards(folder: Path, missing: Iterable[str]) -> None:
@@ -129,6 +170,7 @@ def read_files(files: list[Path]) -> Weights:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    check_regular(file)
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as reader:
@@ -173,11 +215,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: if the file is something else.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is something else, or larger than any such file.
     """
+    check_regular(path)
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{str(path)!r} must be JSON of at most {MAX_JSON_BYTES:,} bytes, got {size:,}; download it again"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ValueError(f"{str(path)!r} must be JSON, got {error}; download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must be a JSON object, got {type(content).__name__}; download it again")
@@ -216,7 +264,7 @@ def write_weights(
 def write_folder(destination: Path, write: Callable[[Path], None]) -> None:
     """Write into a temporary folder, beside the destination or in it if it is there, and move it when it is whole.
 
-    Nothing is left of an error.
+    Nothing is left of an error. Files are on the disk before they get their place: a power cut leaves no empty one.
 
     Raises:
         OSError: if it cannot be written.
@@ -234,18 +282,21 @@ def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
     if not inside:
         destination.parent.mkdir(parents=True, exist_ok=True)
     place = destination if inside else destination.parent
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=place))
+    folder = place / f".{destination.name}.{secrets.token_hex(8)}"
+    folder.mkdir()  # with the rights of any new folder
     moved: list[Path] = []
     try:
         write(folder)
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
         if inside:
             for path in sorted(folder.iterdir()):
                 moved.append(destination / path.name)
                 path.rename(moved[-1])
             folder.rmdir()
         else:
-            folder.chmod(0o777 & ~_umask())
             folder.rename(destination)
+        _sync(place)
     except BaseException:
         for path in (folder, *moved):
             if path.is_dir():
@@ -255,10 +306,15 @@ def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -279,9 +335,11 @@ __all__ = [
     "TRAINED",
     "Weight",
     "Weights",
+    "check_regular",
     "check_tied",
     "finite",
     "first_of",
+    "indexed_files",
     "loaded_files",
     "put",
     "read_files",

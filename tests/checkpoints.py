@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,16 @@ def is_trained(key):
 
 def lora_run(folder, form, scale=3.0):
     """A run of the original with LoRA in q_proj and v_proj, as PEFT or its own script writes it; the merged weights."""
+    made, expected = _lora_run(form, scale)
+    shutil.copytree(made.name, folder, dirs_exist_ok=True)
+    return dict(expected)
+
+
+@cache
+def _lora_run(form, scale):
+    """(folder that lives as long as this process, merged weights); training one takes a second."""
+    made = tempfile.TemporaryDirectory()
+    folder = Path(made.name)
     peft = pytest.importorskip("peft", reason="needs PEFT; pip install peft")
     torch.manual_seed(0)
     model = PPLlavaForConditionalGeneration.from_pretrained(FOLDERS["clip"])
@@ -116,7 +128,7 @@ def lora_run(folder, form, scale=3.0):
         state = {f"language_model.{name}": value for name, value in wrapped.state_dict().items()}
         write(folder, {name: value for name, value in state.items() if form == "whole" or "lora_" in name})
         settings.save_pretrained(folder / "settings")
-    return expected
+    return made, expected
 
 
 def words(folder, *special):

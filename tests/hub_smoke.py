@@ -5,6 +5,7 @@ python tests/hub_smoke.py hub/ppllava-kernels
 
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import sys
@@ -51,6 +52,7 @@ def main(folder: Path) -> None:
         check_ops(kernel, ["cpp", "reference"])
         for variant, backends in (("torch-cpu", ["reference"]), (compiled, ["cpp", "reference"])):
             check_ops(loaded[variant], backends)  # still, with the other one there
+    check_page(folder)
     # On the machine of a user with CUDA; here it stands for itself.
     loaded["torch-cuda"] = get_local_kernel(folder / "build" / "torch-cuda")
     check_ops(loaded["torch-cuda"], ["reference"])
@@ -66,6 +68,15 @@ def main(folder: Path) -> None:
     assert all(hasattr(getattr(torch.ops, namespace), "weighted_pool3d") for namespace in namespaces)
     beside = "beside the installed package" if installed else "without the package"
     print(f"hub smoke test passed {beside}:", *loaded)
+
+
+def check_page(folder: Path) -> None:
+    """The Python of docs/hub.md, as a reader pastes it in the checkout."""
+    page, before, namespace = Path(__file__).parent.parent / "docs" / "hub.md", os.getcwd(), {}
+    os.chdir(folder.parent.parent)  # where hub/ppllava-kernels is
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+    os.chdir(before)
 
 
 def only(folder: Path, variant: str, copy: Path) -> Path:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import logging
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 from benchmarks import fp8 as benchmark
 
 needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install 'ppllava-kernels[fp8]'"
+    importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install torchao"
 )
 
 
@@ -117,6 +119,20 @@ def test_settings_of_the_process_stay(monkeypatch):
     assert not any(getattr(torch._inductor.config, name) for name in names)
 
 
+def test_torchao_is_imported_in_silence(monkeypatch, tmp_path, caplog):
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("import logging\nlogging.getLogger(__name__).warning('no GPU')\n")
+    (tmp_path / "torchao" / "quantization.py").write_text("")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Path(quantization._torchao().__file__).is_relative_to(tmp_path)
+    assert caplog.text == ""
+    assert logging.getLogger("torchao").level == logging.NOTSET
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.gpu
 @needs_torchao
 @pytest.mark.skipif(not torch.cuda.is_available() or why_not_fp8("cuda") is not None, reason="a GPU without fp8")
@@ -133,6 +149,9 @@ def test_on_a_gpu():
     assert model.generate(**given, max_new_tokens=3, min_new_tokens=3).shape[1] == given["input_ids"].shape[1] + 3
 
 
+MISSING = (
+    'fp8 needs torchao, which is not installed; in the folder of the sources, pip install --no-build-isolation ".[fp8]"'
+)
 GPU_NEEDED = "a CUDA GPU of compute capability 8.9 or newer"
 
 
@@ -163,7 +182,7 @@ def test_where_it_runs(monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: name)
     assert "got none that PyTorch can use" in why_not_fp8("cuda")
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
-    assert why_not_fp8("cuda") == "fp8 needs torchao, which is not installed; pip install 'ppllava-kernels[fp8]'"
+    assert why_not_fp8("cuda") == MISSING
 
 
 class Int8(nn.Parameter):
@@ -218,7 +237,7 @@ def test_errors_by_hand():
 def test_the_command_without_torchao(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(benchmark, "version", lambda package: None)
-    with pytest.raises(SystemExit, match=r"^fp8 needs torchao, which is not installed; pip install"):
+    with pytest.raises(SystemExit, match=f"^{re.escape(MISSING)}"):
         command(tmp_path, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

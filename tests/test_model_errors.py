@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import batch, tiny
+from tiny import batch, clip, tiny
 
 
 def without(inputs, *names):
@@ -101,6 +101,38 @@ def wrong_inputs():
             {**good, "mm_encoder_outputs": {"video": tiny()[0].get_video_features(**good)}},
             "pixel_values_videos and mm_encoder_outputs['video'] are the same videos twice; pass one of them",
         ),
+        "frames of no axis": (
+            {**good, "video_frames": torch.tensor(9)},
+            "video_frames must be whole numbers [B], got torch.int64 of shape []; pass it as PPLlavaProcessor makes it",
+        ),
+        "frames that are not whole": (
+            {**good, "video_frames": torch.tensor([4.0, 5.0])},
+            "video_frames must be whole numbers [B], got torch.float32 of shape [2]; pass it as PPLlavaProcessor makes "
+            "it",
+        ),
+        "sizes of one axis": (
+            {**good, "pixel_values": torch.zeros(1, 3, 42, 42), "image_sizes": torch.tensor([42, 42])},
+            "image_sizes must be whole numbers [I, 2], got torch.int64 of shape [2]; pass it as PPLlavaProcessor makes "
+            "it",
+        ),
+        "views that are none": (
+            {**good, "pixel_values": torch.zeros(1, 3, 42, 42), "image_views": torch.tensor([True])},
+            "image_views must be whole numbers [I], got torch.bool of shape [1]; pass it as PPLlavaProcessor makes it",
+        ),
+        "pixels of another tower": (
+            {**good, "pixel_values_videos": torch.zeros(9, 3, 24, 24)},
+            "pixel_values_videos must end with [3, S, S], S = 42 pixels of this model's vision tower, got shape [9, 3, "
+            "24, 24]; let PPLlavaProcessor make it",
+        ),
+        "pixels with channels last": (
+            {**good, "pixel_values": torch.zeros(1, 42, 42, 3)},
+            "pixel_values must end with [3, S, S], S = 42 pixels of this model's vision tower, got shape [1, 42, 42, "
+            "3]; let PPLlavaProcessor make it",
+        ),
+        "guide ids that are not whole": (
+            {**good, "guide_input_ids": good["guide_input_ids"].float()},
+            "guide_input_ids must be int64 or int32, got torch.float32; pass them as PPLlavaProcessor makes them",
+        ),
         "neither": ({}, "exactly one of input_ids and inputs_embeds must be given, got neither; pass one of them"),
     }
 
@@ -112,12 +144,24 @@ def test_errors(case):
         tiny()[0](**inputs)
 
 
-def test_pixels_are_not_bytes():
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [(lambda pixels: pixels.to(torch.uint8), "torch.uint8"), (lambda pixels: pixels.numpy(), "ndarray")],
+)
+def test_pixels_are_not_bytes(change, got):
     inputs = batch(4, 5)
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(torch.uint8)
+    inputs["pixel_values_videos"] = change(inputs["pixel_values_videos"])
     message = (
-        "pixel_values_videos must be floating point, normalised as the vision tower wants it, got torch.uint8; let "
+        f"pixel_values_videos must be floating point, normalised as the vision tower wants it, got {got}; let "
         "PPLlavaProcessor make it"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         tiny()[0](**inputs)
+
+
+@pytest.mark.parametrize("name", ["text", "guide_text"])
+def test_half_of_a_surrogate_pair(name):
+    given = {"text": "<video> What is it?", "guide_text": "What?", "videos": clip(4), name: "What\ud83d?"}
+    message = f"{name} must be valid text, got '\\ud83d' at character 4; decode it as UTF-8 with errors='replace'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tiny()[1](**given)

@@ -3,6 +3,7 @@
 import math
 import re
 import socket
+from functools import cache
 
 import pytest
 import torch
@@ -35,11 +36,17 @@ def test_small_widths_suit_the_kernels():
     assert all(width % 64 == 0 for width in widths)
 
 
+@cache
+def eager(name):
+    model, processor = presets.build(name)
+    model.set_attn_implementation("eager")
+    return model, processor
+
+
 @pytest.mark.parametrize("frames", [2, 7])
 @pytest.mark.parametrize("name", ["tiny", "tiny-btadapter", "tiny-qwen2"])
 def test_flops_are_what_torch_counts(name, frames):
-    model, processor = presets.build(name)
-    model.set_attn_implementation("eager")
+    model, processor = eager(name)
     video = torch.zeros(frames, 42, 42, 3, dtype=torch.uint8)
     inputs = processor(text="USER: <video>\nWhat? ASSISTANT:", videos=video)
     # The products inside of the projector's ops: features [F, H, W, V] and a weight [out, V].

@@ -14,16 +14,18 @@ from pathlib import Path
 import clips
 import pytest
 from cli_fixtures import QUESTION, call, files, run
+from typer.testing import CliRunner
 
 from ppllava import cli, ray_engine, running
 from ppllava.packing import Outcome
 from ppllava.request import Request
 
-ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ppllava-kernels[ray]' runs these tests")
-pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ppllava-kernels[ray]' runs these tests")
+ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ray[data]' runs these tests")
+pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ray[data]' runs these tests")
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 RAY = ("--engine", "ray", "--workers", "2")
+ONE = ("--engine", "ray", "--workers", "1")  # each worker is a process that imports torch and transformers
 OPTIONS = ("--preset", "tiny", "--max-new-tokens", "8")
 KILLED = """
 import os, signal, sys
@@ -76,13 +78,14 @@ def job(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def whole(run, job, tmp_path):
+@pytest.fixture(scope="module")
+def whole(job):
     """What the file of answers holds after one run in this process."""
-    path = tmp_path / "whole.jsonl"
-    answers, result = run(job, out=path, options=OPTIONS)
-    assert (result.exit_code, len(answers)) == (3, 21)
-    return path.read_bytes()
+    path = job.with_name("whole.jsonl")
+    result = CliRunner().invoke(cli.app, ["run", str(job), "-o", str(path), *OPTIONS])
+    answers = path.read_bytes()
+    assert (result.exit_code, len(answers.splitlines())) == (3, 21)
+    return answers
 
 
 def test_the_answers_are_those_of_the_local_engine(cluster, run, job, whole, tmp_path):
@@ -171,7 +174,7 @@ def test_a_worker_that_dies_costs_its_group_only(cluster, run, monkeypatch):
         {"image": "i.png", "prompt": f"What is {n}?"} if n % 2 else {"prompt": f"What is {n}?"} for n in range(4)
     ]
     requests += [{"video": "b.mp4", "prompt": "Die?"}, {"image": "j.jpg"}]
-    answers, result = run(requests, *RAY)
+    answers, result = run(requests, *ONE)
     assert result.exit_code == 3
     errors = {answer["id"]: answer["error"] for answer in answers if "error" in answer}
     assert errors == {"r4": "was lost with the worker that had it; run the command again"}
@@ -179,7 +182,7 @@ def test_a_worker_that_dies_costs_its_group_only(cluster, run, monkeypatch):
 
 @pytest.mark.timeout(120)
 def test_workers_without_a_model(cluster, run, tmp_path):
-    _, result = run([{}], *RAY, options=("--model", tmp_path / "none"))
+    _, result = run([{}], *ONE, options=("--model", tmp_path / "none"))
     text = (
         f"--model must be a folder that `save_pretrained` or `ppllava convert` wrote, got '{tmp_path / 'none'}', which"
     )

@@ -429,5 +429,6 @@ def test_out_of_memory_keeps_the_answers(run, tmp_path, monkeypatch):
 
 def test_without_ray(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    text = "--engine ray needs Ray, which is missing; pip install 'ppllava-kernels[ray]', or leave it out"
+    remedy = 'in the folder of the sources, pip install --no-build-isolation ".[ray]", or leave it out'
+    text = f"--engine ray needs Ray, which is missing; {remedy}"
     assert failure(run([{}], "--engine", "ray")[1]) == (2, text)

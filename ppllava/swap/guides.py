@@ -178,21 +178,21 @@ def load_guide(guide: Any, model: PreTrainedModel, tower: PreTrainedModel | None
                 f"guide must come with its tokenizer, got a {type(guide).__name__} that was not loaded from a "
                 "checkpoint; pass guide=(model, tokenizer)"
             )
-        return guide, AutoTokenizer.from_pretrained(guide.name_or_path)
+        return guide, AutoTokenizer.from_pretrained(guide.name_or_path, trust_remote_code=False)
     if not isinstance(guide, str):
         raise TypeError(
             f"guide must be 'auto', None, a checkpoint of CLIP or SigLIP, such a model, or a pair of it and its "
             f"tokenizer, got {type(guide).__name__}; pass for example 'openai/clip-vit-base-patch16'"
         )
     name = _known(model, tower) if guide == "auto" else guide
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type not in MODELS:
         raise ValueError(
             f"guide must be a checkpoint of a model of type {' or '.join(MODELS)}, got {name!r} of type "
             f"{config.model_type!r}; pass for example 'openai/clip-vit-base-patch16'"
         )
-    loaded = MODELS[config.model_type].from_pretrained(name, dtype=model.dtype)
-    return loaded.to(_device(model)).eval(), AutoTokenizer.from_pretrained(name)
+    loaded = MODELS[config.model_type].from_pretrained(name, dtype=model.dtype, trust_remote_code=False)
+    return loaded.to(_device(model)).eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _device(model: PreTrainedModel) -> torch.device:
