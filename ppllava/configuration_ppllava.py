@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from ppllava_kernels.shapes import triple
 
@@ -12,6 +11,7 @@ from . import (
     btadapter,  # registers its vision tower with the Auto classes
     original,
 )
+from .compat import ComposedConfig, SubConfigSpec
 from .pooling import SIZES, VisualPooling
 
 # The text tower that belongs to each vision tower.
@@ -23,7 +23,7 @@ GUIDES = {
 
 
 @strict
-class PPLlavaConfig(PreTrainedConfig):
+class PPLlavaConfig(ComposedConfig):
     """Configuration of :class:`PPLlavaForConditionalGeneration`; the defaults are those of the 7B model.
 
     Args:

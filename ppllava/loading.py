@@ -6,10 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-
 from . import original
+from .compat import ConversionOps, WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from .weights import TRAINED, finite, first_of, loaded_files, read_files, read_json, weight_files
 
 
