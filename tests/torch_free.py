@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 PYAV = {"3.11": "av>=18.1,<19", "3.12": "av>=19,<20", "3.13": "av>=19,<20"}
-OTHERS = ("numpy", "decord", "pytest", "pytest-timeout")
+OTHERS = ("numpy", "decord; platform_machine == 'x86_64'", "pytest", "pytest-timeout")
 ROOT = Path(__file__).parent.parent
+LOCK = ROOT / "requirements.lock"
 TESTS = ("test_sampling.py", "test_video.py", "test_video_damage.py", "test_video_errors.py")
 CHECK = (
     "import sys, ppllava.sampling, ppllava.video, ppllava.video_index, av;"
@@ -43,11 +44,13 @@ def find(version: str) -> str | None:
 
 
 def make(python: str, folder: Path, requirements: tuple[str, ...]) -> Path:
-    """The interpreter of an environment with these requirements."""
-    own, ready, text = folder / "bin" / "python", folder / "ready", "\n".join(requirements)
+    """The interpreter of an environment with these requirements, in the versions of the lock where there is one."""
+    own, ready, locked = folder / "bin" / "python", folder / "ready", LOCK.exists()
+    text = "\n".join([*requirements, LOCK.read_text() if locked else ""])
     if not ready.exists() or ready.read_text() != text:
         subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([own, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        versions = ["--constraint", LOCK] if locked else []
+        subprocess.run([own, "-m", "pip", "install", "--quiet", *versions, *requirements], check=True)
         ready.write_text(text)
     return own
 
