@@ -16,7 +16,7 @@ RESUME ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: benchmark regress test lint format table dist hub smoke gpu clean
+.PHONY: benchmark regress test test-video lint format table dist hub smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
@@ -37,6 +37,9 @@ test: $(VENV)/ready $(VENV)/swap/ready  ## all tests that this machine can run
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 	PYTHONPATH=$(VENV)/swap/torchvision $(BIN)/python -m pytest -n auto tests/swap
 	PYTHONPATH=$(VENV)/swap/torchvision:$(VENV)/swap/oldest $(BIN)/python -m pytest -n auto tests/swap
+
+test-video:  ## reading video without torch, on each Python from 3.11 on that is here, with the PyAV that it gets
+	$(PYTHON) tests/torch_free.py $(VENV)/video
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .compat import PREVIOUS_CACHE
 from .console import is_fatal, is_memory, sentence
 from .packing import (
     GREEDY,
@@ -38,9 +39,6 @@ from .visual_features import MODALITIES, PPLlavaVisualFeatures
 if TYPE_CHECKING:
     from .modeling_ppllava import PPLlavaForConditionalGeneration
     from .processing_ppllava import PPLlavaProcessor
-
-
-PREVIOUS = "_previous_max_cache_length"  # where transformers notes how long the longest static cache was
 
 
 class BatchWarning(UserWarning):
@@ -329,11 +327,11 @@ class BatchJob:
     def _positions(self, items: list[Item]) -> int:
         """Of the key-value cache of a batch."""
         needed = max(item.length for item in items) + max(item.new_tokens for item in items)
-        return cache_length(needed, getattr(self.model, PREVIOUS, 0)) if self.static else needed
+        return cache_length(needed, getattr(self.model, PREVIOUS_CACHE, 0)) if self.static else needed
 
     def _forget_cache(self) -> None:
-        if self.static and hasattr(self.model, PREVIOUS):
-            setattr(self.model, PREVIOUS, -1)
+        if self.static and hasattr(self.model, PREVIOUS_CACHE):
+            setattr(self.model, PREVIOUS_CACHE, -1)
 
     @torch.no_grad()
     def _generate(self, items: list[Item]) -> list[str]:
@@ -345,7 +343,7 @@ class BatchJob:
         for kind in MODALITIES:
             if rows := [row for item in items if kind in item.features for row in item.features[kind].pooler_output]:
                 features[kind] = PPLlavaVisualFeatures(pooler_output=tuple(rows))
-        if self._positions(items) < getattr(self.model, PREVIOUS, 0):
+        if self._positions(items) < getattr(self.model, PREVIOUS_CACHE, 0):
             self._forget_cache()
         new = max(item.new_tokens for item in items)
         ids = padded["input_ids"]  # [N, S]

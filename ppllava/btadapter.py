@@ -8,11 +8,10 @@ from itertools import accumulate, groupby
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+
+from .compat import CLIPAttention, CLIPEncoderLayer, init
 
 # Some attention kernels have one block per sequence along an axis of the grid that ends here (pytorch/pytorch#142228);
 # 114 images of 24 x 24 patches are more temporal sequences than that.

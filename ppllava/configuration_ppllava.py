@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from ppllava_kernels.shapes import triple
 
@@ -13,6 +12,7 @@ from . import (
     btadapter,  # registers its vision tower with the Auto classes
     original,
 )
+from .compat import ComposedConfig, SubConfigSpec
 from .pooling import SIZES, VisualPooling
 from .sizes import check_sizes
 
@@ -25,7 +25,7 @@ GUIDES = {
 
 
 @strict
-class PPLlavaConfig(PreTrainedConfig):
+class PPLlavaConfig(ComposedConfig):
     """Configuration of :class:`PPLlavaForConditionalGeneration`; the defaults are those of the 7B model.
 
     Args:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .preprocessing import read_frames
+from .record import Record
+from .rows import file_of, is_decoder
 from .sampling import check_rate, sample_frames
 
 if TYPE_CHECKING:
@@ -26,16 +28,20 @@ Item = TypeVar("Item")
 AHEAD_BYTES = 64 << 20  # of resized frames that wait for the tower
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedVideo:
+class EncodedVideo(Record):
     """What the vision tower made of a video: any number of questions about it need no more of the file.
 
     features    [T, H, W, V], in the dtype and on the device of the model
     timestamps  float64 [T], seconds from the first frame of the file; None for frames that came without a file
     """
 
+    __slots__ = ("features", "timestamps")
+
     features: Tensor
-    timestamps: np.ndarray | None = None
+    timestamps: np.ndarray | None
+
+    def __init__(self, features: Tensor, timestamps: np.ndarray | None = None) -> None:
+        self._set(features, timestamps)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -75,7 +81,8 @@ def encode_video(
     frames what fits into 64 MiB and one chunk of the tower, however long the video is.
 
     Args:
-        video: the path of a file, or decoded frames in any form that :class:`PPLlavaProcessor` takes.
+        video: the path of a file, a row of `datasets.Video()`, or decoded frames in any form that
+            :class:`PPLlavaProcessor` takes.
         num_frames, fps: frames in all, or a second, of a file; default: `processor.num_frames`. Of decoded frames all
             are taken.
         start, end: seconds of a file, as in :func:`ppllava.video.read_video`.
@@ -88,17 +95,29 @@ def encode_video(
         ValueError, OSError: for files that cannot be read and frames that do not exist, as `read_video`.
     """
     sampling = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
-    if not isinstance(video, (str, os.PathLike)):
-        if given := [name for name, value in sampling.items() if value is not None]:
-            raise ValueError(f"{given[0]} chooses frames of a file, got decoded frames; pass a path, or leave it out")
-        frames = read_frames(video, None, None, 1)  # [T, 3, H, W]
-        return encode_frames(model, processor, decoded_frames(model, processor, frames))
+    with file_of(video) as path:
+        if path is not None:
+            return _encode_file(model, processor, path, sampling, backend)
+    ours = ("num_frames", "fps") if is_decoder(video) else ()
+    if given := [name for name, value in sampling.items() if value is not None and name not in ours]:
+        raise ValueError(f"{given[0]} chooses frames of a file, got decoded frames; pass a path, or leave it out")
+    frames = read_frames(video, num_frames, fps, processor.num_frames)  # [T, 3, H, W]
+    return encode_frames(model, processor, decoded_frames(model, processor, frames))
+
+
+def _encode_file(
+    model: PPLlavaForConditionalGeneration,
+    processor: PPLlavaProcessor,
+    path: str | os.PathLike,
+    sampling: dict[str, Any],
+    backend: str | None,
+) -> EncodedVideo:
     from .video import open_video
 
-    if num_frames is None and fps is None:
+    if sampling["num_frames"] is None and sampling["fps"] is None:
         sampling["num_frames"] = processor.num_frames
-    check_rate(sampling["num_frames"], fps)
-    with open_video(video, backend) as reader:
+    check_rate(sampling["num_frames"], sampling["fps"])
+    with open_video(path, backend) as reader:
         indices = sample_frames(reader.timestamps, **sampling)  # [T]
         model.model.check_frames(len(indices))
         return encode_frames(model, processor, file_frames(model, processor, reader, indices))

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, SiglipTextModel
-from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
+from .compat import SiglipMultiheadAttentionPoolingHead, from_config
 from .configuration_ppllava import PPLlavaConfig
 
 FRAMES = 4  # that SigLIP's head looks at together: its MLP is wider than D
@@ -29,8 +29,7 @@ class PPLlavaGuide(nn.Module):
         super().__init__()
         vision, text = config.vision_config, config.guide_config
         self.config = config
-        # AutoModel has no entry for SigLIP's text tower.
-        self.text_model = (SiglipTextModel if config.siglip else CLIPTextModel)._from_config(text)
+        self.text_model = from_config(SiglipTextModel if config.siglip else CLIPTextModel, text)
         self.norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         if config.siglip:
             self.head = SiglipMultiheadAttentionPoolingHead(vision)

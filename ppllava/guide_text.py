@@ -1,4 +1,5 @@
-"""The question that guides the pooling: found in a conversation or a prompt, and as ids of the guide's text tower."""
+"""The question that guides the pooling: found in a conversation or a prompt, and as ids of the guide's text tower; and
+what a conversation may hold."""
 
 from __future__ import annotations
 
@@ -18,6 +19,28 @@ def check_text(name: str, text: str) -> None:
             f"{name} must be valid text, got {text[error.start]!r} at character {error.start}; decode it as UTF-8 with "
             "errors='replace'"
         ) from None
+
+
+def check_blocks(messages: Any, tokens: Sequence[str]) -> None:
+    """A ValueError for a conversation with blocks that the model does not know, or `tokens` in a block of text."""
+    messages = getattr(messages, "messages", messages)
+    if not len(messages):
+        raise ValueError("a conversation must have at least one message, got none; ask something")
+    for message in messages:
+        content = message.get("content")
+        for block in () if content is None or isinstance(content, str) else content:
+            kind = block.get("type") if isinstance(block, dict) else block
+            if kind not in ("text", "image", "video", "image_url", "video_url"):  # transformers translates the last
+                raise ValueError(
+                    f"a block of a message must be of type text, image or video, got {kind!r}; the model knows "
+                    "nothing else, leave it out"
+                )
+            for token in tokens:
+                if token in (block.get("text") or ""):
+                    raise ValueError(
+                        f"a block of text must not hold {token}, which stands for a file; write it otherwise, and "
+                        "pass files as blocks of their own"
+                    )
 
 
 def last_question(messages: Any) -> str:
@@ -96,4 +119,4 @@ def tokenize_questions(tokenizer: Any, questions: Sequence[str], limit: int, pad
     return inputs
 
 
-__all__ = ["check_questions", "check_text", "last_question", "last_turn", "tokenize_questions"]
+__all__ = ["check_blocks", "check_questions", "check_text", "last_question", "last_turn", "tokenize_questions"]

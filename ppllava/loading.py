@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 
 import torch
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from . import original
+from .compat import ConversionOps, WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from .lora import check_adapter
 from .weights import TRAINED, finite, first_of, indexed_files, loaded_files, read_files, read_json, weight_files
 

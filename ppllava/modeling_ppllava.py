@@ -8,14 +8,12 @@ from itertools import accumulate
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from . import original
 from .btadapter import BTAdapterVisionModel
+from .compat import cache_name, can_return_tuple, init
 from .configuration_ppllava import PPLlavaConfig
 from .guide import PPLlavaGuide
 from .loading import StrictLoading
@@ -30,7 +28,7 @@ class PPLlavaPreTrainedModel(StrictLoading, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -72,6 +70,8 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 f"{type(self.language_model).__name__}; use another language model"
             )
         self._language_model_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
+        models = (self.language_model, self.language_model.base_model)
+        self._cache_name, self._base_cache_name = (cache_name(model.forward) for model in models)
         self._counts_padding = config.text_config.model_type not in RELATIVE
         # Of the original's format: what no output depends on.
         self._keys_to_ignore_on_load_unexpected = original.unused_keys(config)
@@ -87,7 +87,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **media,
     ) -> Tensor:
@@ -106,7 +106,7 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 if has_media(media, [kind]) and input_ids is not None:
                     self.check_rows(kind, input_ids, outputs[kind].pooler_output)
             elif input_ids is not None and input_ids.shape[1] > 1:
-                self._check_no_placeholders(kind, input_ids, past_key_values)
+                self._check_no_placeholders(kind, input_ids, cache)
         return merged
 
     @can_return_tuple
@@ -128,17 +128,19 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         video_features: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The output of the language model without its head, its placeholders replaced by images and videos.
 
         Args: as :meth:`get_media_features` and any causal LM of transformers; `mm_encoder_outputs`, the result of
-            `get_media_features`, takes the place of pixels.
+            `get_media_features`, takes the place of pixels; `cache` and `past_key_values` are two names of one thing.
         """
+        cache = one_cache(past_key_values, cache)
         inputs_embeds = self.embed(
             input_ids,
             inputs_embeds,
-            past_key_values,
+            cache,
             mm_encoder_outputs,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
@@ -153,9 +155,9 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
         return self.language_model.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             use_cache=use_cache,
-            **self.positions(position_ids, attention_mask, past_key_values, inputs_embeds.shape[1]),
+            **{self._base_cache_name: cache},
+            **self.positions(position_ids, attention_mask, cache, inputs_embeds.shape[1]),
             **kwargs,
         )
 
@@ -213,9 +215,9 @@ class PPLlavaModel(VisualFeatures, PPLlavaPreTrainedModel):
                 f"for {kind}s of {[len(x) for x in media]} tokens; let PPLlavaProcessor expand the prompts"
             )
 
-    def _check_no_placeholders(self, kind: str, input_ids: Tensor, past_key_values: Cache | None) -> None:
+    def _check_no_placeholders(self, kind: str, input_ids: Tensor, cache: Cache | None) -> None:
         """A prompt without media has no placeholders; what the model itself generates after it may be anything."""
-        if torch.compiler.is_compiling() or _length(past_key_values):
+        if torch.compiler.is_compiling() or _length(cache):
             return
         if found := int((input_ids == getattr(self.config, f"{kind}_token_id")).sum()):
             raise ValueError(
@@ -314,6 +316,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         video_features: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given: the output of the language model.
@@ -324,6 +327,7 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             pixel_values_videos or video_features, video_frames: and the videos;
             guide_input_ids, guide_attention_mask: and the questions, as in :meth:`PPLlavaModel.get_media_features`.
             attention_mask: int [N, S].
+            cache, past_key_values: two names of one thing, of transformers since 5.24 and before.
             labels: int [N, S], -100 where nothing is to be learned.
             logits_to_keep: compute logits for the last so many positions only; 0 is all of them.
 
@@ -331,10 +335,11 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
             ValueError: where placeholders, media and questions do not match, or the prompt is longer than the context
                 of the language model; the message has the numbers.
         """
+        cache = one_cache(past_key_values, cache)
         inputs_embeds = self.model.embed(
             input_ids,
             inputs_embeds,
-            past_key_values,
+            cache,
             mm_encoder_outputs,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
@@ -350,10 +355,10 @@ class PPLlavaForConditionalGeneration(PPLlavaPreTrainedModel, GenerationMixin):
         return self.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
-            **self.model.positions(position_ids, attention_mask, past_key_values, inputs_embeds.shape[1]),
+            **{self.model._cache_name: cache},
+            **self.model.positions(position_ids, attention_mask, cache, inputs_embeds.shape[1]),
             **({"logits_to_keep": logits_to_keep} if keeps else {}),
             **kwargs,
         )
@@ -371,6 +376,13 @@ def _vision_tower(config: PPLlavaConfig) -> PreTrainedModel:
         del tower.head
     tower.post_layernorm = nn.Identity()  # so that last_hidden_state is the hidden state; the guide has the norm
     return tower
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, whichever name it came by."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache must be one cache, got two; pass it as cache alone")
+    return past_key_values if cache is None else cache
 
 
 def _length(cache: Cache | None) -> int:

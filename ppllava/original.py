@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, CLIPConfig, PreTrainedConfig, SiglipTextConfig
-from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .compat import ACT2FN, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .sizes import check_sizes
 from .weights import Weights, put, read_json
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ppllava_kernels import pooled_size
 from ppllava_kernels.shapes import triple
 
+from .compat import get_anyres_image_grid_shape, unpad_image
 from .sampling import check_count
 
 POOLINGS = ("prompt_guided", "adaptive_mean", "temporal_mean", "none")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers.image_utils import load_image
 
+from .compat import load_image
+from .rows import decode, file_of, frames_of, is_decoder, is_row
 from .sampling import sample_uniform
 
 # What Pillow decodes by itself.
@@ -34,23 +35,29 @@ def flatten(kind: str, media: Any) -> list[Any]:
 
 def is_one(kind: str, medium: Any) -> bool:
     """Whether it is a single image or video."""
-    if isinstance(medium, (str, os.PathLike)):
+    medium = frames_of(medium)
+    if isinstance(medium, (str, os.PathLike)) or (kind == "video" and is_row(medium)):
         return True
     if kind == "image":
         return hasattr(medium, "convert") or getattr(medium, "ndim", 0) == 3
     if isinstance(medium, (list, tuple)) and not hasattr(medium, "frames"):
-        return len(medium) > 0 and (hasattr(medium[0], "convert") or getattr(medium[0], "ndim", 0) == 3)
+        first = frames_of(medium[0]) if len(medium) else None
+        return hasattr(first, "convert") or getattr(first, "ndim", 0) == 3
     return hasattr(medium, "frames") or hasattr(medium, "features") or getattr(medium, "ndim", 0) == 4
 
 
 def read_frames(video: Any, num_frames: int | None, fps: float | None, default: int) -> Tensor:
     """A video in any form as uint8 [T, 3, H, W]; `default` frames of a file where neither count nor rate is given."""
-    if isinstance(video, (str, os.PathLike)):
-        from .video import read_video  # needs PyAV, which decoded frames do not
+    video = frames_of(video)
+    count = default if num_frames is None and fps is None else num_frames
+    with file_of(video) as path:
+        if path is not None:
+            from .video import read_video  # needs PyAV, which decoded frames do not
 
-        count = default if num_frames is None and fps is None else num_frames
-        frames = torch.from_numpy(read_video(video, num_frames=count, fps=fps).frames)  # [T, H, W, 3]
-    else:
+            frames = torch.from_numpy(read_video(path, num_frames=count, fps=fps).frames)  # [T, H, W, 3]
+    if path is None and is_decoder(video):
+        frames = _as_tensor(decode(video, count, fps))
+    elif path is None:
         if fps is not None:
             raise ValueError(f"fps={fps} needs the times of a file, got decoded frames; pass a path, or num_frames")
         frames = _as_tensor(getattr(video, "frames", video))
@@ -63,6 +70,7 @@ def read_frames(video: Any, num_frames: int | None, fps: float | None, default: 
 
 def read_image(image: Any) -> Image.Image:
     """An image in any form as a PIL image in RGB, turned upright."""
+    image = frames_of(image)
     if isinstance(image, Tensor):
         image = image.numpy(force=True)
     if isinstance(image, np.ndarray):
@@ -157,7 +165,8 @@ def _flatten(kind: str, media: Any) -> Iterator[Any]:
 def _as_tensor(frames: Any) -> Tensor:
     """Decoded frames as uint8 [T, H, W, 3] or [T, 3, H, W]."""
     if isinstance(frames, (list, tuple)):
-        images = [np.asarray(_rgb(image) if hasattr(image, "convert") else image) for image in frames]
+        frames = [frames_of(frame) for frame in frames]
+        images = [np.asarray(_rgb(frame) if hasattr(frame, "convert") else frame) for frame in frames]
         shapes = {image.shape for image in images}
         if len(shapes) > 1:
             raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}; resize them to one")

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .compat import from_config
 from .configuration_ppllava import PPLlavaConfig
 from .modeling_ppllava import PPLlavaForConditionalGeneration
 from .processing_ppllava import PPLlavaProcessor
@@ -243,7 +244,7 @@ def _sizes(name: str) -> dict[str, dict]:
 def _random(cls: type[PreTrainedModel], config, dtype: torch.dtype, device: str | torch.device, seed: int):
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        return cls._from_config(config, dtype=dtype).eval()
+        return from_config(cls, config, dtype=dtype).eval()
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -14,19 +14,19 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, GenerationConfig, ProcessorMixin
-from transformers.image_utils import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    GenerationConfig,
+    LlavaNextImageProcessorPil,
+    ProcessorMixin,
+    TextKwargs,
 )
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.processing_utils import TextKwargs
 
+from .compat import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .configuration_ppllava import PPLlavaConfig
 from .encoding import EncodedVideo
-from .guide_text import check_questions, check_text, last_question, last_turn, tokenize_questions
+from .guide_text import check_blocks, check_questions, check_text, last_question, last_turn, tokenize_questions
 from .pooling import VisualPooling
 from .preprocessing import (
     as_frames,
@@ -193,11 +193,12 @@ class PPLlavaProcessor(ProcessorMixin):
                 an image list: one view each, compressed together.
             videos: B videos, flat or nested by prompt. One video is a path, a :class:`ppllava.video.VideoClip`, uint8
                 frames [T, H, W, 3] or [T, 3, H, W] as numpy or torch (where both fit, the channels are last), a list of
-                PIL images or [H, W, 3] arrays, or a :class:`ppllava.EncodedVideo`, which the tower has seen already.
+                PIL images or [H, W, 3] arrays, a row of `datasets.Video()`, a decoder or a FrameBatch of torchcodec, or
+                a :class:`ppllava.EncodedVideo`, which the tower has seen already.
             guide_text: the question that guides the pooling, one for all prompts or one each. Default: the last turn of
                 the user in `text`.
             num_frames: sample so many frames uniformly, from files and from decoded frames. Default: `self.num_frames`
-                for files, all frames of what is decoded.
+                for files and decoders, all frames of what is decoded.
             fps: sample so many frames a second instead; files only.
             do_sample_frames: for apply_chat_template of transformers; without effect.
             text_kwargs, kwargs: for the tokenizer. `padding` is on by default.
@@ -241,7 +242,8 @@ class PPLlavaProcessor(ProcessorMixin):
         prompts, offsets = self.get_text_with_replacements(list(prompts), image_runs, video_runs)
         options = {"padding": True, **kwargs, **(text_kwargs or {}), "return_tensors": "pt"}
         tokens = self.tokenizer(prompts, **options)
-        self._check_special_mm_tokens(prompts, tokens, modalities=["image", "video"])
+        self._check_whole("image", tokens["input_ids"], image_counts, image_runs)
+        self._check_whole("video", tokens["input_ids"], video_counts, video_runs)
         if return_text_replacement_offsets:
             data["text_replacement_offsets"] = offsets
         return BatchFeature({**tokens, **data})
@@ -253,7 +255,7 @@ class PPLlavaProcessor(ProcessorMixin):
         batched = isinstance(first, (list, tuple)) or hasattr(first, "content")
         conversations = conversation if batched else [conversation]
         for messages in conversations:
-            self._check_blocks(messages, bool(kwargs.get("tokenize")))
+            check_blocks(messages, (self.image_token, self.video_token) if kwargs.get("tokenize") else ())
         if kwargs.get("tokenize"):
             guides = [last_question(messages) for messages in conversations]
             # transformers 5.20 drops processor_kwargs where one of these comes as a plain argument.
@@ -262,26 +264,6 @@ class PPLlavaProcessor(ProcessorMixin):
             given = kwargs.pop("processor_kwargs", None) or {}
             kwargs["processor_kwargs"] = {"guide_text": guides, **plain, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
-
-    def _check_blocks(self, messages: Any, tokenize: bool) -> None:
-        messages = getattr(messages, "messages", messages)
-        if not len(messages):
-            raise ValueError("a conversation must have at least one message, got none; ask something")
-        for message in messages:
-            content = message.get("content")
-            for block in () if content is None or isinstance(content, str) else content:
-                kind = block.get("type") if isinstance(block, dict) else block
-                if kind not in ("text", "image", "video", "image_url", "video_url"):  # transformers translates the last
-                    raise ValueError(
-                        f"a block of a message must be of type text, image or video, got {kind!r}; the model knows "
-                        "nothing else, leave it out"
-                    )
-                for token in (self.image_token, self.video_token):
-                    if tokenize and token in (block.get("text") or ""):
-                        raise ValueError(
-                            f"a block of text must not hold {token}, which stands for a file; write it otherwise, and "
-                            "pass files as blocks of their own"
-                        )
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Visual tokens of a clip of `num_frames`: what the model's pooling leaves of it."""
@@ -414,6 +396,17 @@ class PPLlavaProcessor(ProcessorMixin):
                     f"{kind}s; write one where each {kind} belongs"
                 )
         return counts
+
+    def _check_whole(self, kind: str, input_ids: Tensor, counts: list[int], runs: list[str]) -> None:
+        """A tokenizer that truncates leaves all placeholders of input_ids [N, S] or is an error."""
+        token, queue = getattr(self, f"{kind}_token"), iter(runs)
+        expected = [sum(run.count(token) for run in islice(queue, count)) for count in counts]
+        found = (input_ids == getattr(self, f"{kind}_token_id")).sum(1).tolist()
+        if found != expected:
+            raise ValueError(
+                f"input_ids must hold all {expected} {token} tokens of the prompts, got {found} after truncation; pass "
+                "a larger max_length, or sample fewer frames"
+            )
 
     def _prompts(self, text: Any) -> list[str]:
         prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []

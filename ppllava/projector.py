@@ -7,10 +7,10 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ppllava_kernels import PromptGuidedProjector, prompt_relevance
 
+from .compat import ACT2FN
 from .configuration_ppllava import PPLlavaConfig
 from .guide import PPLlavaGuide
 from .media import Clip

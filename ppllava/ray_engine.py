@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .compat import EXECUTOR
 from .console import Exit, Failure, is_fatal, is_memory, note, quiet, sentence
 from .packing import WINDOW, Item, Outcome, windows
 from .request import Request
@@ -90,7 +91,7 @@ class RayEngine:
                     else:
                         yield Outcome(**value)
             finally:
-                executor = getattr(answers, "_current_executor", None)
+                executor = getattr(answers, EXECUTOR, None)
                 if executor is not None:
                     executor.shutdown(force=True)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from .encoding import EncodedVideo, Frames, decoded_frames, encode_frames, file_frames
 from .preprocessing import read_frames, read_image
 from .request import Source
+from .rows import frames_of, is_row
 from .sampling import sample_frames
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class OpenedVideo:
                 raise ValueError(
                     "fps, start and end choose frames of a file, got decoded frames; pass a path, or frames"
                 )
+            video = frames_of(video)
+            frames = processor.num_frames if frames is None and is_row(video) else frames
             self.decoded = video, frames
             count = frames or len(getattr(video, "frames", video))
         self.tokens, self.frames = processor.num_video_tokens(count), count

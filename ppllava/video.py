@@ -12,42 +12,23 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import chain, dropwhile
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import av
 import numpy as np
-from av.stream import Disposition
 
+from .record import Record
 from .sampling import check_rate, sample_frames
-from .video_index import number_by_decoding, read_index
+from .video_index import number_by_decoding, plan_decoding, read_index
+from .video_open import VideoError, VideoNotFoundError, VideoWarning, local_file, opened, packets_of
 
 MAX_BYTES = 8 << 30  # default limit on the RGB output of one call
-SEEK_COST = 5  # frames; of 0, 5, 10 and 20 the fastest for 8 to 64 of 900 frames, 640x360 H.264, on 2 CPU cores
-
-# FFmpeg formats that keep their data in one file. Playlists (hls, dash, concat) open other files; images and text are
-# not video; sound formats are here only so that the error can say that it is sound.
-FORMATS = (
-    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,mxf,nut,rm,dv,wtv,obu,yuv4mpegpipe,"
-    "h264,hevc,vvc,m4v,mp3,wav,aac,flac"
-)
 
 
-class VideoError(ValueError):
-    """The file cannot give the frames asked for; the message names the file, what is wrong and what to do."""
-
-
-class VideoNotFoundError(VideoError, FileNotFoundError):
-    """There is no such file."""
-
-
-class VideoWarning(UserWarning):
-    """The file is damaged; what exists of it is read."""
-
-
-class VideoClip(NamedTuple):
-    """Frames of one file.
+class VideoClip(Record):
+    """Frames of one file; `frames, timestamps, indices, fps = clip` unpacks it.
 
     frames      uint8   [T, H, W, 3], RGB
     timestamps  float64 [T], seconds from the first frame of the file
@@ -55,10 +36,18 @@ class VideoClip(NamedTuple):
     fps         average frame rate of the whole file, not of this sample
     """
 
+    __slots__ = ("frames", "timestamps", "indices", "fps")  # noqa: RUF023 (the order of __init__)
+
     frames: np.ndarray
     timestamps: np.ndarray
     indices: np.ndarray
     fps: float
+
+    def __init__(self, frames: np.ndarray, timestamps: np.ndarray, indices: np.ndarray, fps: float) -> None:
+        self._set(frames, timestamps, indices, fps)
+
+    def __iter__(self) -> Iterator[np.ndarray | float]:
+        return iter((self.frames, self.timestamps, self.indices, self.fps))
 
 
 @runtime_checkable
@@ -91,28 +80,14 @@ class VideoReader(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def plan_decoding(wanted: Sequence[int], keyframes: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Group `wanted` frames (ascending) into runs `(keyframe, frames)`: seek to the keyframe, decode on to the last.
-
-    A run ends where seeking would skip more frames than a seek costs (SEEK_COST). So with long keyframe gaps all is one
-    pass, and with short ones each wanted frame is one seek. `keyframes` ascends and starts at or before `wanted`.
-    """
-    runs: list[tuple[int, list[int]]] = []
-    starts = np.asarray(keyframes)[np.searchsorted(keyframes, wanted, side="right") - 1].tolist()
-    for index, keyframe in zip(wanted, starts):
-        if runs and keyframe - runs[-1][1][-1] - 1 <= SEEK_COST:
-            runs[-1][1].append(index)
-        else:
-            runs.append((keyframe, [index]))
-    return runs
-
-
 class PyAVReader:
     """`VideoReader` over PyAV (FFmpeg), the default.
 
     path         a local file; FFmpeg may open this file only, so URLs, playlists and images are refused
     num_threads  0 = slice threads (lowest memory, fastest measured on 2 cores); n = n decoder threads
     max_bytes    limit on the RGB output of one `get_frames`
+    raw_streams  read H.264, HEVC, VVC and MPEG video without a container, too. Refused by default: FFmpeg decodes such
+                 a stream to learn what it is, and a crafted one of some megabytes takes gigabytes of memory
 
     Opening reads every packet and decodes one frame. The frames that exist are the whole packets found: a file cut
     short (half an mkv, half a faststart mp4) has the length of what is left, and one VideoWarning says how much was
@@ -122,16 +97,23 @@ class PyAVReader:
     not. Nothing stays open between calls.
     """
 
-    def __init__(self, path: str | os.PathLike, num_threads: int = 0, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        num_threads: int = 0,
+        max_bytes: int = MAX_BYTES,
+        raw_streams: bool = False,
+    ) -> None:
         if num_threads < 0:
             raise ValueError(f"num_threads must be 0 (the decoder's choice) or more, got {num_threads}")
         self.path, self._threads, self._max_bytes = os.fsdecode(path), num_threads, max_bytes
-        self._file = _local_file(self.path)
+        self._raw_streams = raw_streams
+        self._file = local_file(self.path)
         with self._open() as (container, stream):
             self.height, self.width = stream.codec_context.height, stream.codec_context.width
             self._check_budget(1)
             self._format, time_base = container.format.name, float(stream.time_base)
-            self._index = read_index(container, stream, self._file)
+            self._index = read_index(container, stream, self._file, self.path)
         with self._open() as (container, stream):
             frames = _frames(self._packets(container, stream), stream)
             pts = self._index.pts
@@ -236,7 +218,7 @@ class PyAVReader:
             with suppress(av.FFmpegError):
                 if stamp is not None:
                     container.seek(stamp, stream=stream)
-                packets = dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
+                packets = dropwhile(lambda packet: not packet.is_keyframe, packets_of(container, stream, self.path))
                 first = next(packets, None)
                 if first is not None and (first.pts or 0) <= limit:
                     return (packet for packet in chain([first], packets) if packet.pos != self._index.cut)
@@ -249,25 +231,8 @@ class PyAVReader:
             raise VideoError(f"{self.path}: its frames have different sizes, {sizes}; re-encode it at one size")
         return image
 
-    @contextmanager
-    def _open(self) -> Iterator:
-        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        try:
-            container = av.open(self._file, options=options, metadata_errors="replace")
-        except av.FFmpegError as error:
-            raise VideoError(
-                f"{self.path}: FFmpeg finds no video in it; it is damaged, cut short before its index, or another kind "
-                "of file (playlists, images and text are refused), so pass a complete video file"
-            ) from error
-        with container:
-            stream = container.streams.best("video")
-            if stream is None or stream.disposition & Disposition.attached_pic:
-                raise VideoError(f"{self.path}: holds no video, only sound, a cover picture or data; pass a video file")
-            if stream.codec_context is None:
-                raise VideoError(f"{self.path}: PyAV has no decoder for its codec; re-encode it, for example to H.264")
-            stream.thread_type = "AUTO" if self._threads else "SLICE"
-            stream.codec_context.thread_count = self._threads
-            yield container, stream
+    def _open(self) -> AbstractContextManager:
+        return opened(self.path, self._file, self._threads, self._raw_streams)
 
     def _check_budget(self, frames: int) -> None:
         need = int(frames) * self.height * self.width * 3
@@ -290,12 +255,18 @@ class DecordReader(PyAVReader):
     frames, and so old an FFmpeg should not see files from strangers.
     """
 
-    def __init__(self, path: str | os.PathLike, num_threads: int = 0, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        num_threads: int = 0,
+        max_bytes: int = MAX_BYTES,
+        raw_streams: bool = False,
+    ) -> None:
         try:
             import decord
         except ImportError as error:
             raise ImportError("backend='decord' needs decord: pip install decord, or use backend='pyav'") from error
-        super().__init__(path, num_threads, max_bytes)
+        super().__init__(path, num_threads, max_bytes, raw_streams)
         self._module, self._decord = decord, None
         self._errors = (RuntimeError, AssertionError, decord.DECORDError, decord.DECORDLimitReachedError)
         if not self._format.startswith(("mov,", "matroska,")):  # wrong in avi, asf, flv, mpeg, mpegts, nut
@@ -342,15 +313,20 @@ BACKENDS = {"pyav": PyAVReader, "decord": DecordReader}
 
 
 def open_video(
-    path: str | os.PathLike, backend: str | None = None, num_threads: int = 0, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike,
+    backend: str | None = None,
+    num_threads: int = 0,
+    max_bytes: int = MAX_BYTES,
+    raw_streams: bool = False,
 ) -> VideoReader:
-    """Open a local video file. `backend` is "pyav" or "decord", never replaced by another; None means "pyav".
+    """Open a local video file. `backend` is "pyav" or "decord", never replaced by another; None means "pyav". The
+    others as in `PyAVReader`.
 
     Errors: VideoNotFoundError, VideoError (see `PyAVReader`), ImportError without the backend, ValueError for its name.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be 'pyav', 'decord' or None (pyav), got {backend!r}")
-    return BACKENDS[backend or "pyav"](path, num_threads, max_bytes)
+    return BACKENDS[backend or "pyav"](path, num_threads, max_bytes, raw_streams)
 
 
 def read_video(
@@ -363,6 +339,7 @@ def read_video(
     backend: str | None = None,
     num_threads: int = 0,
     max_bytes: int = MAX_BYTES,
+    raw_streams: bool = False,
 ) -> VideoClip:
     """Sample a file: `num_frames` (`sample_uniform`), or `fps` frames a second (`sample_fps`, at most `max_frames`).
 
@@ -370,7 +347,7 @@ def read_video(
     `get_frames` and the sampling rule.
     """
     check_rate(num_frames, fps)
-    reader = open_video(path, backend, num_threads, max_bytes)
+    reader = open_video(path, backend, num_threads, max_bytes, raw_streams)
     try:
         if fps is None:
             reader._check_budget(num_frames)  # before the indices, which may be a billion
@@ -378,23 +355,6 @@ def read_video(
         return VideoClip(reader.get_frames(indices), reader.timestamps[indices], indices, reader.fps)
     finally:
         reader.close()
-
-
-def _local_file(path: str) -> str:
-    """The absolute path: FFmpeg takes no leading "concat:" or "http:" of it for a protocol."""
-    if not os.path.exists(path):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-            raise VideoError(f"{path}: is a URL, and only local files are read; download it and pass the file's path")
-        where = "" if os.path.isabs(path) else f", relative ones start at {os.getcwd()}"
-        raise VideoNotFoundError(f"{path}: there is no such file; check the path{where}")
-    if not os.path.isfile(path):
-        kind = "a directory" if os.path.isdir(path) else "not a regular file"
-        raise VideoError(f"{path}: is {kind}; pass the path of one video file")
-    if not os.access(path, os.R_OK):
-        raise VideoError(f"{path}: may not be read by this user; change its permissions")
-    if os.path.getsize(path) == 0:
-        raise VideoError(f"{path}: is empty (0 bytes); download or copy it again")
-    return os.path.abspath(path)
 
 
 def _frames(packets: Iterable, stream) -> Iterator[tuple[av.VideoFrame, bool]]:
@@ -412,3 +372,17 @@ def _frames(packets: Iterable, stream) -> Iterator[tuple[av.VideoFrame, bool]]:
                 yield frame, broken or frame.is_corrupt
     with suppress(av.FFmpegError):
         yield from ((frame, broken or frame.is_corrupt) for frame in stream.decode(None))
+
+
+__all__ = [
+    "BACKENDS",
+    "DecordReader",
+    "PyAVReader",
+    "VideoClip",
+    "VideoError",
+    "VideoNotFoundError",
+    "VideoReader",
+    "VideoWarning",
+    "open_video",
+    "read_video",
+]

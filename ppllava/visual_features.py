@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils.generic import can_return_tuple
 
 from .btadapter import BTAdapterVisionModel
+from .compat import can_return_tuple
 from .media import Clip, check_features, pack_images, pack_videos
 
 MODALITIES = ("image", "video")

@@ -203,7 +203,7 @@ def test_a_static_cache_stays_within_the_memory(made, folder, monkeypatch):
 
     def watched(input_ids, **kwargs):
         output = generate(input_ids=input_ids, **kwargs)
-        calls.append((len(input_ids), getattr(model, batching.PREVIOUS, 0)))
+        calls.append((len(input_ids), getattr(model, batching.PREVIOUS_CACHE, 0)))
         return output
 
     monkeypatch.setattr(model, "generate", watched)

@@ -457,5 +457,8 @@ def test_video_token_error():
 
 
 def test_truncation_inside_a_video_is_an_error():
-    with pytest.raises(ValueError, match="Mismatch in `video` token count"):
+    with pytest.raises(
+        ValueError,
+        match=r"^input_ids must hold all \[8\] <video> tokens of the prompts, got \[\d+\] after truncation; pass",
+    ):
         processor()(text=TEXT, videos=clip(), truncation=True, max_length=12)

@@ -43,6 +43,9 @@ PYAV_CLIPS = {
     "short_groups.ts": {"gop": 3, "bframes": 3},  # seeking by pts lands a group late
     "loop.gif": {"codec": "gif"},
     "raw.h264": {"gop": 12, "bframes": 2, "format": "h264"},
+    "raw.hevc": {"codec": "libx265", "gop": 12, "options": {"x265-params": "log-level=none"}, "format": "hevc"},
+    "raw.m4v": {"codec": "mpeg4", "gop": 12, "format": "m4v"},
+    "raw.m2v": {"codec": "mpeg2video", "gop": 12, "format": "mpeg2video"},
 }
 
 

@@ -169,14 +169,14 @@ def compress_model(model: PreTrainedModel, windows: Windows, prompt_guide: SwapG
     mixin = _family(model).model_mixin
     base = twin(model.model, mixin)
     base.windows = windows
-    base._modules["prompt_guide"] = prompt_guide
+    base.register_module("prompt_guide", prompt_guide)
     base.encoders = {
         kind: frozenset(inspect.signature(getattr(base, f"get_{kind}_features")).parameters) - {"kwargs"}
         for kind in models.PIXELS
         if hasattr(base, f"get_{kind}_features")
     }
     new = twin(model, models.CompressedLLM, mixin.extra)
-    new._modules["model"] = base
+    new.model = base
     new.__dict__["swapped_model"] = model  # not a module of it
     new.generation_config = copy.deepcopy(model.generation_config)
     return new

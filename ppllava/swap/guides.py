@@ -20,15 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     SiglipModel,
 )
-from transformers.image_utils import (
+
+from ppllava_kernels import prompt_relevance
+
+from ..compat import (
+    HOOK,
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    align_module_device,
 )
-
-from ppllava_kernels import prompt_relevance
-
 from ..configuration_ppllava import PPLlavaConfig
 from ..guide import PPLlavaGuide
 from .windows import joined
@@ -149,8 +151,6 @@ def _present(layer: nn.Module) -> AbstractContextManager:
     """In which its weights are there, also where accelerate has them offloaded."""
     if not layer.weight.is_meta:
         return nullcontext()
-    from accelerate.utils import align_module_device
-
     return align_module_device(layer, "cpu")
 
 
@@ -197,7 +197,7 @@ def load_guide(guide: Any, model: PreTrainedModel, tower: PreTrainedModel | None
 
 def _device(model: PreTrainedModel) -> torch.device:
     """Where a model runs: its weights are elsewhere while accelerate has them offloaded."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (getattr(module, HOOK, None) for module in model.modules())
     runs = (getattr(hook, "execution_device", None) for hook in hooks)
     return (
         torch.device(next((x for x in runs if x is not None), "cpu")) if model.device.type == "meta" else model.device

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils.generic import can_return_tuple
+from transformers import PreTrainedModel
 
 from ppllava_kernels import weighted_pool3d
 
+from ..compat import can_return_tuple, written_names
 from .guides import SwapGuide, to_grid
 from .twins import Twin, untwin
 from .windows import Size, Windows, joined, resample
@@ -39,10 +40,7 @@ class CompressedLLM(Twin):
         """The model as its own class saves it, without the compression, and beside it guide.safetensors, the state of
         `prompt_guide`. One that is trained is among the model's weights, too: from there Trainer resumes, and the
         model's own class says that it leaves them out."""
-        plain = untwin(self)
-        plain._modules["model"] = untwin(self.model)
-        plain.model._modules.pop("prompt_guide")
-        guide, start = {}, "model.prompt_guide."
+        plain, guide, start = self._plain(), {}, "model.prompt_guide."
         if self.prompt_guide is not None:
             # The ends of its tower are the guide's own modules.
             twice = tuple(f"{start}tower.{name}." for name in ("post_layernorm", "head"))
@@ -57,6 +55,31 @@ class CompressedLLM(Twin):
         if guide and is_main_process:
             guide = {name.removeprefix(start): x.contiguous() for name, x in guide.items()}
             save_file(guide, Path(save_directory) / "guide.safetensors", {"format": "pt"})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As of any module. Weights may also have the names that `save_pretrained` writes, those of the Hub: Trainer
+        resumes from what that wrote.
+
+        Raises:
+            ValueError: for weights of other names, also where `strict` is false; transformers would go on without them.
+        """
+        own = self.state_dict().keys()
+        if not state_dict.keys() <= own:
+            written = written_names(self._plain())
+            state_dict = {written.get(name, name): x for name, x in state_dict.items()}
+        if unknown := sorted(state_dict.keys() - own):
+            raise ValueError(
+                f"state_dict must have weights of this {type(self).__name__} alone, got {len(unknown)} others, first "
+                f"{unknown[0]!r}; load the checkpoint with from_pretrained and compress what that returns"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _plain(self) -> PreTrainedModel:
+        """This model without the compression."""
+        plain = untwin(self)
+        plain.model = untwin(self.model)
+        del plain.model.prompt_guide
+        return plain
 
 
 class CompressedModel(Twin):

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
-from transformers.video_utils import make_batched_metadata, make_batched_videos
 
+from ..compat import make_batched_metadata, make_batched_videos
 from ..guide_text import check_questions, last_question, last_turn, tokenize_questions
+from ..record import Record
 from ..templates import VICUNA_MARKERS
 from .twins import Twin, untwin
 from .windows import Size, Windows
@@ -50,6 +51,7 @@ class CompressedProcessor(Twin):
         """As the processor it was made from.
 
         Args:
+            videos: also :class:`ppllava.video.VideoClip`, which bring their `video_metadata` and are not sampled again.
             guide_text: the question that guides the pooling, one for all prompts or one each. Default: what the user
                 asks in the last turn of the conversation or of `text`.
 
@@ -57,6 +59,8 @@ class CompressedProcessor(Twin):
             that of the processor, with the placeholders that the compressed videos need, and with videos also
             guide_input_ids and, for CLIP, guide_attention_mask int64 [B, L], one row for each video.
         """
+        videos, known = open_clips(videos)
+        kwargs = {**known, **kwargs}
         if videos is None or text is None or self.guide is None:
             return self.process(images, text, videos, *args, **kwargs)
         prompts = [text] if isinstance(text, str) else list(text)
@@ -124,6 +128,34 @@ class CompressedProcessor(Twin):
 
     def __repr__(self) -> str:
         return f"{type(self).__qualname__}({self.windows}, of {self.swapped!r})"
+
+
+def open_clips(videos: Any) -> tuple[Any, dict[str, Any]]:
+    """(videos with the frames of each :class:`ppllava.video.VideoClip` in its place, what to tell the processor)."""
+    metadata, others = [], 0
+
+    def opened(video: Any) -> Any:
+        nonlocal others
+        if isinstance(video, (list, tuple)):
+            return [opened(one) for one in video]
+        if not (isinstance(video, Record) and hasattr(video, "frames")):
+            others += 1
+            return video
+        indices = video.indices.tolist()
+        # Of so many frames are these an even share: the rate of the sample, that of the file over this, is then right.
+        spread = round((indices[-1] - indices[0]) * len(indices) / max(len(indices) - 1, 1))
+        metadata.append({"total_num_frames": max(spread, 1), "fps": video.fps, "frames_indices": indices})
+        return video.frames
+
+    frames = opened(videos)
+    if not metadata:
+        return videos, {}
+    if others:
+        raise ValueError(
+            f"videos must all be a VideoClip or none, got {len(metadata)} beside {others} others; read all of them "
+            "with ppllava.video.read_video"
+        )
+    return frames, {"video_metadata": metadata, "do_sample_frames": False}
 
 
 class PackedVideos(CompressedProcessor):
@@ -212,11 +244,17 @@ class Qwen3VLProcessor(QwenVLProcessor):
         super(CompressedProcessor, self).replace_video_token(video_inputs, video_idx)
         metadata = video_inputs["video_metadata"][video_idx]
         step = self.video_processor.temporal_patch_size
-        times = self._calculate_timestamps(list(metadata.frames_indices), metadata.fps, step)
+        times = step_times(list(metadata.frames_indices), metadata.fps, step)
         _, height, width = self.windows.pooled_size(size)
         tokens = self.vision_start_token + self.video_token * (height * width) + self.vision_end_token
         windows = self.windows.frames(size)
         return "".join(f"<{(times[first] + times[last - 1]) / 2:.1f} seconds>{tokens}" for first, last in windows)
+
+
+def step_times(indices: list[int], fps: float, frames: int) -> list[float]:
+    """Seconds of each step of so many frames, the middle of its first and its last; the last frame fills up."""
+    indices = [*indices, *[indices[-1]] * (-len(indices) % frames)]
+    return [(indices[i] / fps + indices[i + frames - 1] / fps) / 2 for i in range(0, len(indices), frames)]
 
 
 class InternVLProcessor(PackedVideos):

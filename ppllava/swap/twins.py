@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-# Of a module, bound to it: what was compiled of it.
-COMPILED = ("_compiled_call_impl", "_compiled_call", "_last_compile_config")
+from ..compat import COMPILED, HOOK, HOOKED_FORWARD, WEIGHTS
 
 
 class Twin:
@@ -43,10 +42,10 @@ def twin(original: Any, mixin: type[Twin], extra: tuple[str, ...] = ()) -> Any:
         for name in COMPILED:
             new.__dict__.pop(name, None)
         # accelerate's hooks are bound to the module that they were put on.
-        if (hook := new.__dict__.pop("_hf_hook", None)) is not None:
+        if (hook := new.__dict__.pop(HOOK, None)) is not None:
             from accelerate.hooks import add_hook_to_module
 
-            for name in ("forward", "_old_forward"):
+            for name in ("forward", HOOKED_FORWARD):
                 new.__dict__.pop(name, None)
             add_hook_to_module(new, copy.copy(hook))
         elif "forward" in new.__dict__:
@@ -68,7 +67,7 @@ def _with_attributes(cls: type, other: Any) -> Any:
     if isinstance(other, nn.Module):
         # Children and hooks that one of the two gets are not the other's; parameters and buffers are.
         for name, value in other.__dict__.items():
-            if isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers"):
+            if isinstance(value, (dict, set)) and name not in WEIGHTS:
                 new.__dict__[name] = copy.copy(value)
     return new
 

@@ -12,6 +12,7 @@ from test_families import answers, ask, check_against_hand
 import ppllava
 from ppllava.swap.guides import KNOWN
 from ppllava.swap.windows import resample
+from ppllava.video import VideoClip
 
 
 def tower_of(name):
@@ -182,6 +183,39 @@ def test_metadata_of_videos():
     metadata = [{"total_num_frames": len(clip), "fps": fps} for clip, fps in zip(CLIPS, (4, 5))]
     inputs = new(**given, video_metadata=metadata, padding=True, return_tensors="pt")
     assert inputs["video_frames"].tolist() == [4, 2]
+
+
+@family()
+def test_clips_that_were_read(name):
+    """They come with what the processor is to know of them, in a call and in a message."""
+    _, new = ppllava.compress(*families.built(name), guide=families.guide(), **BLOCKS)
+    steps = (np.array([0, 4, 8, 12, 16, 20, 24, 28]), np.array([3, 5, 7, 9]))
+    read = [VideoClip(families.clip(len(x)), x / 8, x, 8.0) for x in steps]
+    metadata = [
+        {"total_num_frames": total, "fps": 8.0, "frames_indices": x.tolist()} for total, x in zip((32, 8), steps)
+    ]
+    given = {"text": [families.prompt(name, QUESTIONS[0])] * 2, "padding": True, "return_tensors": "pt"}
+    frames = [clip.frames for clip in read]
+    expected = new(videos=frames, video_metadata=metadata, do_sample_frames=False, **given)
+    actual = new(videos=read, **given)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected if isinstance(expected[key], torch.Tensor))
+    with pytest.raises(ValueError, match=r"^videos must all be a VideoClip or none, got 1 beside 1 others; read all"):
+        new(videos=[read[0], frames[1]], **given)
+
+
+def test_a_clip_that_was_read_in_a_message():
+    model, processor = families.build("llava_next_video")
+    processor.chat_template = TEMPLATE
+    _, new = ppllava.compress(model, processor, guide=families.guide(), **BLOCKS)
+    read = VideoClip(CLIPS[0], np.arange(len(CLIPS[0])) / 4, np.arange(len(CLIPS[0])), 4.0)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    text = {"type": "text", "text": "First?"}
+    asked = [
+        new.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": video}, text]}], **options)
+        for video in (read, CLIPS[0])
+    ]
+    assert all(torch.equal(asked[0][key], asked[1][key]) for key in asked[1])
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 6), (8, 12), (6, 4)])

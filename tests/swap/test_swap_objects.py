@@ -125,13 +125,33 @@ def test_saving_as_trainer_does(tmp_path, own):
     assert all(key.startswith("model.prompt_guide.") for key in report["unexpected_keys"])
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_trainer_resumes_with_the_guide(tmp_path, kind):
-    """Of Qwen3-VL, whose weights keep their names; Trainer resumes none that transformers renames."""
+@torch.no_grad()
+@family()
+def test_a_checkpoint_by_the_names_of_the_hub(tmp_path, name):
+    """Which Trainer reads back with load_state_dict, a shard at a time; all weights are those that were saved."""
+    trained, _ = ppllava.compress(*families.build(name), guide=families.guide(), **BLOCKS)
+    for weight in trained.parameters():
+        weight.add_(1)
+    trained.save_pretrained(tmp_path, max_shard_size="30KB")
+    shards = [load_file(file) for file in sorted(tmp_path.glob("model-*.safetensors"))]
+    assert len(shards) > 1
+    resumed, _ = ppllava.compress(*families.build(name), guide=families.guide(), **BLOCKS)
+    for shard in shards:
+        assert not resumed.load_state_dict(shard, strict=False).unexpected_keys
+    now, expected = resumed.state_dict(), trained.state_dict()
+    assert all(torch.equal(now[key], expected[key]) for key in expected)
+    message = r"^state_dict must have weights of this \w+ alone, got 1 others, first 'a\.b'; load the checkpoint with"
+    with pytest.raises(ValueError, match=message):
+        resumed.load_state_dict({**shards[0], "a.b": torch.zeros(1)}, strict=False)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3_vl", "clip"), ("llava_next_video", "siglip")])
+def test_trainer_resumes_with_the_guide(tmp_path, name, kind):
+    """Of Qwen3-VL, whose weights keep their names, and of a family whose weights have others in a checkpoint."""
 
     def train(resume: bool):
-        compressed, new = ppllava.compress(*families.build("qwen3_vl"), guide=families.guide(kind), **BLOCKS)
-        row = dict(ask("qwen3_vl", new))
+        compressed, new = ppllava.compress(*families.build(name), guide=families.guide(kind), **BLOCKS)
+        row = dict(ask(name, new))
         options = {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "report_to": [], "use_cpu": True}
         trainer = transformers.Trainer(
             compressed,
