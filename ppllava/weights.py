@@ -6,8 +6,8 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,7 +234,8 @@ def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
     if not inside:
         destination.parent.mkdir(parents=True, exist_ok=True)
     place = destination if inside else destination.parent
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=place))
+    folder = place / f".{destination.name}.{secrets.token_hex(8)}"
+    folder.mkdir()  # with the mode that the user's umask leaves, as a folder of mkdtemp has not
     moved: list[Path] = []
     try:
         write(folder)
@@ -244,7 +245,6 @@ def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
                 path.rename(moved[-1])
             folder.rmdir()
         else:
-            folder.chmod(0o777 & ~_umask())
             folder.rename(destination)
     except BaseException:
         for path in (folder, *moved):
@@ -253,12 +253,6 @@ def _write_folder(destination: Path, write: Callable[[Path], None]) -> None:
             else:
                 path.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def finite(tensor: Tensor) -> bool:

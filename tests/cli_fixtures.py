@@ -14,6 +14,16 @@ QUESTION = "What is it?"
 QUICK = ("--preset", "tiny", "--frames", "4", "--max-new-tokens", "4")
 
 
+def random(preset):
+    """What stderr says beside every answer of a preset."""
+    return (
+        f"ppllava: the preset {preset} has random weights: what it answers means nothing; --model takes a trained one\n"
+    )
+
+
+RANDOM = random("tiny")
+
+
 def speak(*texts, pause=lambda: None):
     """A `generate` that says these, one to each prompt, byte by byte."""
 
@@ -62,7 +72,8 @@ def ask(call):
 
     def run(*arguments):
         result = call("ask", *arguments, "--json")
-        assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+        preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else None
+        assert (result.exit_code, result.stderr) == (0, random(preset) if preset else ""), result.stderr
         return json.loads(result.stdout)
 
     return run
