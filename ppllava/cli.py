@@ -67,7 +67,6 @@ def ask(
     check_question(paths, question)
     check_options(model, preset, frames, fps, start, end, temperature)
     clock: dict[str, float] = {}
-    began = time.perf_counter()
     with quiet():
         with importing():
             import torch
@@ -88,6 +87,7 @@ def ask(
                 visual_tokens,
             )
             from .drawing import draw_relevance, drawings
+        began = time.perf_counter()
         place = device_of(device)
         kinds = [kind_of(path) for path in paths]
         of_videos = {"frames": frames, "fps": fps, "start": start, "end": end, "tokens": tokens}

@@ -54,16 +54,17 @@ def files(tmp_path_factory):
     return folder
 
 
+def invoke(*arguments, env=None):
+    """The result of `ppllava` in this process."""
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PPLLAVA_DEBUG": None})
+    return runner.invoke(cli.app, [str(argument) for argument in arguments], env=env)
+
+
 @pytest.fixture
 def call(files, monkeypatch):
     """Runs `ppllava` in that folder."""
     monkeypatch.chdir(files)
-    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PPLLAVA_DEBUG": None})
-
-    def run(*arguments, env=None):
-        return runner.invoke(cli.app, [str(argument) for argument in arguments], env=env)
-
-    return run
+    return invoke
 
 
 @pytest.fixture
@@ -85,15 +86,32 @@ def run(call, tmp_path):
     and its result. A request gets what it lacks of an id, the clip a.mp4 and a question."""
 
     def answer(requests, *arguments, out=tmp_path / "answers.jsonl", options=QUICK):
-        if isinstance(requests, list):
-            path = tmp_path / "requests.jsonl"
-            path.write_bytes(b"\n".join(request_line(given, n) for n, given in enumerate(requests)))
-            requests = path
-        result = call("run", requests, "-o", out, *options, *arguments)
-        complete = result.exit_code in (0, 3)
-        return [json.loads(line) for line in out.read_bytes().splitlines()] if complete else [], result
+        return answer_all(tmp_path, requests, out, *options, *arguments)
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def run_once(files, tmp_path_factory):
+    """As `run`, for tests that look at one job together."""
+
+    def answer(requests):
+        folder = tmp_path_factory.mktemp("job")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(files)
+            return answer_all(folder, requests, folder / "answers.jsonl", *QUICK)
+
+    return answer
+
+
+def answer_all(folder, requests, out, *arguments):
+    if isinstance(requests, list):
+        path = folder / "requests.jsonl"
+        path.write_bytes(b"\n".join(request_line(given, n) for n, given in enumerate(requests)))
+        requests = path
+    result = invoke("run", requests, "-o", out, *arguments)
+    complete = result.exit_code in (0, 3)
+    return [json.loads(line) for line in out.read_bytes().splitlines()] if complete else [], result
 
 
 def request_line(given, number):

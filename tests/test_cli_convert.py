@@ -1,6 +1,7 @@
 """From the original's folders to answers, on the command line: convert, load, ask."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -101,3 +102,14 @@ def test_tokenizers_of_another_model(tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         convert_checkpoint(GOLDEN / "model_qwen" / "hf", tmp_path / "model", tokenizer=words, guide_tokenizer=guide)
+
+
+def test_the_folder_has_the_mode_that_the_umask_leaves(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the process's: between two calls another thread has no umask
+        convert_checkpoint(GOLDEN / "model" / "hf", tmp_path / "model")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, RANDOM, call, files, saved
+from cli_fixtures import QUESTION, QUICK, RANDOM, call, files, run, saved
 
 import ppllava_command
-from ppllava import PPLlavaForConditionalGeneration, asking, presets
+from ppllava import PPLlavaForConditionalGeneration, asking, presets, turns
 
 
 def failure(result):
@@ -277,6 +277,27 @@ def test_models_that_cannot_answer(call, saved, tmp_path, name, text, reason):
     assert code == 4
     cannot = "be loaded: |answer with its generation_config.json: "
     assert re.match(f"the model in '{folder}' cannot ({cannot}){re.escape(reason)}", text)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end(call, run, saved, tmp_path, monkeypatch):
+    """`ask` renders it once, `run` before all requests and for each."""
+    monkeypatch.setattr(turns, "SECONDS", 0.2)
+    folder = shutil.copytree(saved, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    text = "its chat template fails (it has not ended after 0.2 s); convert the model again"
+    (folder / "chat_template.jinja").write_text(LOOP + template)
+    sentence = f"the model in '{folder}' cannot be loaded: {text}"
+    assert failure(call("ask", "a.mp4", QUESTION, "--frames", 4, "--model", folder)) == (4, sentence)
+    assert run([{}], options=("--model", folder))[1].exit_code == 4
+    about = "{% if messages[0]['content'][-1]['text'] == 'Loop?' %}" + LOOP + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(about + template)
+    options = ("--model", folder, "--frames", 4, "--max-new-tokens", 2)
+    answers, _ = run([{}, {"prompt": "Loop?"}, {"prompt": "Why?"}], options=options)
+    assert [[*answer][1] for answer in answers] == ["answer", "error", "answer"]
+    assert answers[1]["error"] == "it has not ended after 0.2 s"
 
 
 def test_long_videos_are_not_decoded_in_vain(call, monkeypatch):

@@ -4,19 +4,21 @@ import errno
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, RANDOM, call, files
+from cli_fixtures import QUESTION, QUICK, RANDOM, call, files, speak
 from PIL import Image
 
 import ppllava_command
-from ppllava import asking, cli, console
+from ppllava import PPLlavaForConditionalGeneration, asking, cli
 
 ROOT = Path(__file__).parent.parent
 ASK = ("ask", "a.mp4", QUESTION, *QUICK)
@@ -100,6 +102,51 @@ def test_python_warnings_about_files_stay_inside(program, monkeypatch):
     assert program(stdout, "ask", "i.png", QUESTION, "--preset", "tiny", "--max-new-tokens", "1") == (0, RANDOM)
 
 
+# Terminals
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+WILD = "a\x00\x1b[31mb\x7f\x9b2J\x0e\tc\r\nd"
+TAME = "a\\x00\\x1b[31mb\\x7f\\x9b2J\\x0e\tc\\x0d\nd"
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.TextIOWrapper])
+@pytest.mark.parametrize("option", [(), ("--each",), ("--json",)])
+def test_control_characters_never_reach_a_terminal(program, monkeypatch, kind, option):
+    monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", speak(WILD))
+    stdout = kind(io.BytesIO(), encoding="utf-8", newline="")
+    assert program(stdout, *ASK, *option) == (0, RANDOM)
+    text = stdout.buffer.getvalue().decode()
+    if option == ("--json",):
+        assert json.loads(text)["answer"] == WILD
+        assert text.isprintable() or text.removesuffix("\n").isprintable()
+    else:
+        assert text == (TAME if kind is Terminal else WILD) + "\n"
+
+
+def test_control_characters_of_several_answers(program, monkeypatch):
+    monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", speak("a\x1bb", "c\x07d"))
+    for kind, text in (
+        (Terminal, "a.mp4: a\\x1bb\nb.mp4: c\\x07d\n"),
+        (io.TextIOWrapper, "a.mp4: a\x1bb\nb.mp4: c\x07d\n"),
+    ):
+        stdout = kind(io.BytesIO(), encoding="utf-8")
+        assert program(stdout, "ask", "a.mp4", "b.mp4", QUESTION, *QUICK, "--each") == (0, RANDOM)
+        assert stdout.buffer.getvalue().decode() == text
+
+
+def test_control_characters_in_the_name_of_a_file(program):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    code, said = program(stdout, "ask", "\x1b]0;title\x07\x9b\n.mp4", QUESTION, *QUICK)
+    assert code == 3
+    assert said.startswith("ppllava: \\x1b]0;title\\x07\\x9b\\n.mp4: there is no such file; ")
+    assert said.removesuffix("\n").isprintable()
+
+
 # Drawings
 
 
@@ -139,6 +186,109 @@ def test_lines_of_pixels(call, tmp_path, size):
 
 
 # The first seconds
+
+# Runs the command line on each of the lines of its input, without the face of the package; what it says, and what it
+# imports.
+LIGHT = """
+import json, sys, time, types
+
+package = types.ModuleType("ppllava")
+package.__path__ = [sys.argv[1]]
+sys.modules["ppllava"] = package
+import ppllava_command
+
+for line in sys.stdin:
+    sys.argv[1:] = json.loads(line)
+    try:
+        ppllava_command.main()
+    except SystemExit as ended:
+        print("code", ended.code, flush=True)
+print("imported", sorted({"torch", "numpy", "transformers", "av", "PIL"} & {*sys.modules}))
+print("seconds", time.process_time())
+"""
+
+
+def test_help_and_wrong_options_import_nothing_heavy(tmp_path):
+    wrong = [["ask", "a.mp4"], ["ask", "a.mp4", QUESTION, "--preset", "huge"], ["nonsense"], ["ask", "--fps", "x"], []]
+    wrong.append(["run", "r.jsonl", "-o", "a.jsonl", "--preset", "tiny", "--memory", "0"])
+    right = [["--version"], ["--help"], *([name, "--help"] for name in ("ask", "run", "convert", "presets"))]
+    command = [sys.executable, "-c", LIGHT, str(ROOT / "ppllava")]
+    lines = "\n".join(map(json.dumps, [*right, *wrong]))
+    result = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = result.stdout.splitlines()
+    assert [line for line in said if line.startswith("code")] == ["code 0"] * len(right) + ["code 2"] * len(wrong)
+    assert result.stderr.count("ppllava: ") == len(result.stderr.splitlines()) == len(wrong)
+    assert said[-2] == "imported []"
+    assert float(said[-1].split()[1]) < 1.5  # for all of them; half a second for one is the aim
+
+
+def test_version(call):
+    result = call("--version")
+    names = ("ppllava-kernels", "torch", "transformers", "av")
+    own, *others = (ppllava_command.version(name) for name in names)
+    packages = ", ".join(f"{name} {version}" for name, version in zip(names[1:], others))
+    assert result.stdout == f"ppllava-kernels {own} ({packages}, Python {platform.python_version()})\n"
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert others[0] == torch.__version__
+
+
+def test_b10_a_torchvision_that_does_not_fit(call, monkeypatch):
+    """As transformers raises it: an error of its own without a name, whose cause is that of torchvision."""
+
+    def fail():
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            text = "Could not import module 'AutoProcessor'. Are this object's requirements defined correctly?"
+            raise ModuleNotFoundError(text) from error
+
+    versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
+    monkeypatch.setattr(ppllava_command.metadata, "version", versions.__getitem__)
+    with pytest.raises(ppllava_command.ImportFailure) as raised, ppllava_command.importing():
+        fail()
+    text = (
+        "torchvision 0.28.0 does not fit torch 2.13.0+cpu (operator torchvision::nms does not exist); install the "
+        "torchvision that was built for this torch, or uninstall it, as ppllava needs none"
+    )
+    assert str(raised.value) == text
+    monkeypatch.setitem(sys.modules, "ppllava.convert", Broken("ppllava.convert", fail))
+    result = call("convert", "source", "target")
+    assert (result.exit_code, result.stderr) == (2, f"ppllava: {text}\n")
+
+
+class Broken(types.ModuleType):
+    """A module of which nothing can be had."""
+
+    def __init__(self, name, fail):
+        super().__init__(name)
+        self.fail = fail
+
+    def __getattr__(self, name):
+        self.fail()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ModuleNotFoundError("No module named 'av'", name="av"),
+            "the command line needs av, which is missing; run pip",
+        ),
+        (
+            ModuleNotFoundError("No module named 'torchvision'", name="torchvision"),
+            "the command line needs torchvision, which is missing; run pip",
+        ),
+        (
+            OSError("libtorch_cuda.so: cannot open shared object file"),
+            "the command line cannot be imported (OSError: libtorch_cuda.so: cannot open shared object file); run pip",
+        ),
+        (ImportError(), "the command line cannot be imported (ImportError: ); run pip"),
+    ],
+)
+def test_what_cannot_be_imported(error, text):
+    with pytest.raises(ppllava_command.ImportFailure) as raised, ppllava_command.importing():
+        raise error
+    assert str(raised.value).startswith(text)
 
 
 @pytest.mark.parametrize(

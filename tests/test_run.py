@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import sys
 import clips
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, call, files, run
+from cli_fixtures import QUESTION, QUICK, answer_all, call, files, run
 
 import ppllava
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, console, presets, running
@@ -69,13 +71,21 @@ def fifty(tmp_path_factory):
 FIFTY = ("--preset", "tiny", "--max-new-tokens", "8")
 
 
+@pytest.fixture(scope="module")
+def once(fifty):
+    """The file of answers of one run."""
+    path = fifty / "whole.jsonl"
+    answers, result = answer_all(fifty, fifty / "requests.jsonl", path, *FIFTY)
+    assert (result.exit_code, len(answers)) == (3, 50)
+    return path
+
+
 @pytest.fixture
-def whole(run, fifty, tmp_path):
-    """What the file of answers holds after one run."""
-    path = tmp_path / "whole.jsonl"
-    _, result = run(fifty / "requests.jsonl", out=path, options=FIFTY)
-    assert result.exit_code == 3
-    return path.read_bytes()
+def whole(once, tmp_path):
+    """What it holds. A copy of it, and of what lies beside it, is in the folder of the test."""
+    for path in (once, once.with_name("whole.jsonl.job")):
+        shutil.copy(path, tmp_path)
+    return once.read_bytes()
 
 
 def test_fifty_clips_with_three_broken(whole, fifty):
@@ -290,7 +300,7 @@ def test_compiled_answers_are_the_same(run, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may multiply in fp8; tests/test_fp8.py has that")
 def test_fp8_is_refused_where_it_cannot_run(run, tmp_path):
-    pytest.importorskip("torchao", reason="needs torchao; pip install 'ppllava-kernels[fp8]' runs this test")
+    pytest.importorskip("torchao", reason="needs torchao; pip install --no-build-isolation '.[fp8]' runs this test")
     _, result = run([{}], "--fp8")
     assert result.exit_code == 4
     assert "--fp8: fp8 needs the model on a CUDA GPU" in result.stderr
@@ -304,9 +314,51 @@ def test_blank_lines_a_mark_and_other_ends_of_lines(run):
 
 def test_progress(run):
     _, result = run([{"prompt": f"What is {n}?"} for n in range(20)])
-    done = [line for line in result.stderr.splitlines() if line.endswith("requests are done")]
-    assert done == [f"ppllava: {n} of 20 requests are done" for n in range(2, 21, 2)]
+    done = [line for line in result.stderr.splitlines() if " of 20 requests" in line]
+    assert [line.partition(",")[0] for line in done] == [f"ppllava: {n} of 20 requests" for n in range(2, 21, 2)]
+    assert all(re.fullmatch(r"[^,]+, [\d.,]+ an? (minute|hour), \d+ s left", line) for line in done[:-1])
+    assert re.fullmatch(r"[^,]+, [\d.,]+ an? (minute|hour)", done[-1])
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "seconds", "total", "said"),
+    [
+        (
+            0,
+            60,
+            200,
+            ["20 of 200 requests, 20.0 a minute, 9 min left", "40 of 200 requests, 20.0 a minute, 8 min left"],
+        ),
+        (80, 1200, 200, ["100 of 200 requests, 1.0 a minute, 1.7 h left"]),
+        (0, 6000, 200, ["20 of 200 requests, 12.0 an hour, 15.0 h left"]),
+        (0, 1, 200, ["20 of 200 requests, 1,200 a minute, 9 s left"]),
+        (180, 60, 200, ["200 of 200 requests, 20.0 a minute"]),
+    ],
+)
+def test_rate_and_time_left(monkeypatch, capsys, before, seconds, total, said):
+    """Twenty more requests every so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(console._Pace, "now", lambda self: now[0])
+    monkeypatch.setattr(console, "OFTEN", 1e9)
+    with console.progress(total, before) as advance:
+        for _ in said:
+            now[0] += seconds
+            for _ in range(20):
+                advance(1)
+    assert capsys.readouterr().err == "".join(f"ppllava: {line}\n" for line in said)
+
+
+def test_long_jobs_say_something_between_the_tenths(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console._Pace, "now", lambda self: now[0])
+    with console.progress(100_000) as advance:
+        for _ in range(100):
+            now[0] += 10
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ppllava: 31 of 100000 requests, 6.0 a minute, 277.7 h left"
+    assert len(lines) == 3
 
 
 def test_a_bar_where_someone_watches(monkeypatch, capsys):
@@ -314,6 +366,7 @@ def test_a_bar_where_someone_watches(monkeypatch, capsys):
     stderr.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
     with console.progress(5) as advance:
         advance(2)
         console.note("a.mp4: is cut short")
@@ -321,7 +374,8 @@ def test_a_bar_where_someone_watches(monkeypatch, capsys):
     said = stderr.getvalue()
     assert "ppllava: a.mp4: is cut short\n" in said
     assert "5/5" in said
-    assert "requests are done" not in said
+    assert " a minute" in said
+    assert " of 5 requests" not in said
 
 
 def test_help(call):
