@@ -80,9 +80,9 @@ class AnswerFile:
         """One more; `index` is its place."""
         if outcome.error is not None:
             note(outcome.error if outcome.id is None else f"{outcome.id}: {outcome.error}")
-        self.outcomes[outcome.index] = outcome
         with writing(self.path):
             self._find()
+            self.outcomes[outcome.index] = outcome
             self._file.write(_line(outcome))
             self._file.flush()
 

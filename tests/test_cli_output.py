@@ -141,9 +141,9 @@ def test_control_characters_of_several_answers(program, monkeypatch):
 
 def test_control_characters_in_the_name_of_a_file(program):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    code, said = program(stdout, "ask", "\x1b]0;title\x07\x9b\n.mp4", QUESTION, *QUICK)
+    code, said = program(stdout, "ask", "\x1b]0;title\x07\x9b.mp4", QUESTION, *QUICK)
     assert code == 3
-    assert said.startswith("ppllava: \\x1b]0;title\\x07\\x9b\\n.mp4: there is no such file; ")
+    assert said.startswith("ppllava: \\x1b]0;title\\x07\\x9b.mp4: there is no such file; ")
     assert said.removesuffix("\n").isprintable()
 
 

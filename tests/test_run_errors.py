@@ -66,7 +66,7 @@ WRONG = [
     ),
     (
         {"video": "a.mp4", "image": "i.png"},
-        "r1",
+        OWN,
         "exactly one of video, image and images must be given, got video and image; ask about one of them",
     ),
     ({"question": "?"}, OWN, f"unknown keys question; a request has {KEYS}"),
@@ -83,7 +83,7 @@ WRONG = [
     ({"video": 7}, OWN, "video must be the path of a file, got 7"),
     (
         {"video": "https://a.b/c.mp4"},
-        "r1",
+        OWN,
         'video must be the path of a file, got "https://a.b/c.mp4"; download it first',
     ),
     *[
@@ -460,7 +460,7 @@ def test_a_folder_that_is_removed_ends_the_job(meanwhile, tmp_path):
     result, count = meanwhile(shutil.rmtree)
     out = tmp_path / "place" / "answers.jsonl"
     text = (
-        f"{out} is gone with its folder, and with it 3 answers and errors; make the folder again, and run the command "
+        f"{out} is gone with its folder, and with it 2 answers and errors; make the folder again, and run the command "
         "again"
     )
     assert failure(result) == (7, text)
