@@ -178,7 +178,9 @@ def test_the_answer_streams(call, monkeypatch):
     monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", generate)
     result = call("ask", "a.mp4", QUESTION, *QUICK)
     assert result.stdout == "A cat. Ça va?\n"
-    assert list(dict.fromkeys(seen)) == ["", "A ", "A cat. ", "A cat. Ça "]
+    # Word by word; since transformers 5.24 letter by letter, but never half of one.
+    assert {"A ", "A cat. ", "A cat. Ça "} <= set(seen)
+    assert all("A cat. Ça va?".startswith(text) for text in seen)
 
 
 def test_damaged_files_and_long_questions_are_noted(call, files, tmp_path):

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -40,14 +38,13 @@ def save_tokenizer(folder, words, image=None):
 
 @pytest.fixture(scope="module", params=["model", "model_qwen"])
 def converted(request, tmp_path_factory):
-    """(case, folder) as `python -m ppllava convert` writes it."""
+    """(case, folder) as `ppllava convert` writes it."""
     case, root = request.param, tmp_path_factory.mktemp("converted")
     words = save_tokenizer(root / "words", *SIZES[case])
     guide = save_tokenizer(root / "guide", GUIDE_WORDS[case])
     command = ["convert", GOLDEN / case / "hf", root / "model", "--tokenizer", words, "--guide-tokenizer", guide]
-    run = subprocess.run([sys.executable, "-m", "ppllava_command", *map(str, command)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    run = CliRunner().invoke(app, list(map(str, command)))
+    assert (run.exit_code, run.stderr) == (0, "")
     assert "written" in run.stdout
     return case, root / "model"
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import clips
 import pytest
@@ -17,21 +18,30 @@ from cli_fixtures import QUESTION, QUICK, answer_all, call, files, run
 import ppllava
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, console, presets, running
 
+ROOT = Path(__file__).parent.parent
+# Imports once, and then runs each job in a child, which gets a signal after so many outcomes.
 KILLED = """
-import os, sys
-from ppllava import cli, running
+import json, os, sys
+from ppllava import asking, cli, running
 
 engine = running.local_engine
-count, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 
-def until(*arguments):
-    for n, outcome in enumerate(engine(*arguments), start=1):
-        yield outcome
-        if n == count:
-            os.kill(os.getpid(), number)
+def until(count, number):
+    def outcomes(*arguments):
+        for n, outcome in enumerate(engine(*arguments), start=1):
+            yield outcome
+            if n == count:
+                os.kill(os.getpid(), number)
+    return outcomes
 
-running.local_engine = until
-cli.main()
+for line in sys.stdin:
+    count, number, said, *arguments = json.loads(line)
+    if not (child := os.fork()):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        running.local_engine = until(count, number)
+        sys.argv[1:] = arguments
+        cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -99,32 +109,41 @@ def test_fifty_clips_with_three_broken(whole, fifty):
     assert sum("answer" in answer for answer in answers) == 47
 
 
-def interrupted(fifty, out, count, number):
-    """(exit code, stderr, lines of answers) of a run that gets a signal after `count` outcomes."""
-    command = [sys.executable, "-c", KILLED, str(count), str(number)]
-    command += ["run", str(fifty / "requests.jsonl"), "-o", str(out), *FIFTY]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return result.returncode, result.stderr, out.read_bytes().splitlines()
+@pytest.fixture(scope="module")
+def interrupted(fifty):
+    """name -> the parts of a job that signals cut: (exit code, stderr, what the file of answers holds) of each, and the
+    file, as the last one left it."""
+    cuts = {"killed": [(11, signal.SIGKILL), (16, signal.SIGKILL)], "stopped": [(9, signal.SIGINT)]}
+    command, pipe = [sys.executable, "-c", KILLED], subprocess.PIPE
+    kept = {}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as driver:
+        for name, signals in cuts.items():
+            out, said = fifty / f"{name}.jsonl", fifty / f"{name}.txt"
+            parts = []
+            for count, number in signals:
+                job = ["run", str(fifty / "requests.jsonl"), "-o", str(out), *FIFTY]
+                print(json.dumps([count, int(number), str(said), *job]), file=driver.stdin, flush=True)
+                parts.append((int(driver.stdout.readline()), said.read_text(), out.read_bytes()))
+            kept[name] = parts, out
+    return kept
 
 
-def test_killed_twice(run, fifty, whole, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    for count in (11, 16):
-        code, _, lines = interrupted(fifty, out, count, signal.SIGKILL)
+def test_killed_twice(run, fifty, whole, interrupted):
+    parts, out = interrupted["killed"]
+    for code, _, left in parts:
         assert code == -signal.SIGKILL
-        assert 0 < len(lines) < 50
-        assert out.read_bytes() != whole
+        assert 0 < left.count(b"\n") < 50
+        assert left != whole
     _, result = run(fifty / "requests.jsonl", out=out, options=FIFTY)
     assert result.exit_code == 3
     assert result.stderr.splitlines()[-1] == f"ppllava: 47 answers and 3 errors in {out}"
     assert out.read_bytes() == whole
-    assert sorted(path.name for path in tmp_path.glob("answers.*")) == ["answers.jsonl", "answers.jsonl.job"]
+    assert sorted(path.name for path in fifty.glob("killed.*")) == ["killed.jsonl", "killed.jsonl.job", "killed.txt"]
 
 
-def test_interrupted(run, fifty, whole, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    code, said, lines = interrupted(fifty, out, 9, signal.SIGINT)
-    assert (code, len(lines)) == (130, 9)
+def test_interrupted(run, fifty, whole, interrupted):
+    [(code, said, left)], out = interrupted["stopped"]
+    assert (code, left.count(b"\n")) == (130, 9)
     text = f"interrupted; 9 of 50 requests are done, their answers in {out}; the same command goes on from there"
     assert said.splitlines()[-1] == f"ppllava: {text}"
     _, result = run(fifty / "requests.jsonl", out=out, options=FIFTY)
