@@ -271,7 +271,7 @@ def load_model(
 ) -> PPLlavaForConditionalGeneration:
     if preset is not None:
         chosen = dtype.torch or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        network, _ = presets.build(preset, dtype=chosen, device=device)
+        network = presets.build_model(preset, dtype=chosen, device=device)
         network.config.pooling_max_tokens = config.pooling_max_tokens
         return network
     with loading(model):

@@ -61,8 +61,14 @@ def build(
     Raises:
         ValueError: for a name that is none of `NAMES`.
     """
-    config = preset_config(name)
-    return _random(PPLlavaForConditionalGeneration, config, dtype, device, seed), build_processor(config)
+    return build_model(name, dtype=dtype, device=device, seed=seed), build_processor(preset_config(name))
+
+
+def build_model(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+) -> PPLlavaForConditionalGeneration:
+    """The model of a preset alone; arguments and errors as in :func:`build`."""
+    return _random(PPLlavaForConditionalGeneration, preset_config(name), dtype, device, seed)
 
 
 def build_peer(
@@ -180,4 +186,4 @@ def _byte_level(vocabulary: dict[str, int], special: dict[str, int]) -> Tokenize
     return backend
 
 
-__all__ = ["NAMES", "build", "build_peer", "build_processor", "flops", "peer_config", "preset_config"]
+__all__ = ["NAMES", "build", "build_model", "build_peer", "build_processor", "flops", "peer_config", "preset_config"]
