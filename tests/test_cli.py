@@ -332,7 +332,7 @@ def start(files, *command):
 
 def test_as_a_program(files):
     program = start(files, "-m", "ppllava_command", "ask", "a.mp4", QUESTION, *QUICK, "--json")
-    out, err = program.communicate(timeout=120)
+    out, err = program.communicate(timeout=240)
     assert (program.returncode, err) == (0, RANDOM)
     assert json.loads(out)["answer"] == expected([video(files / "a.mp4")])
 
@@ -364,5 +364,5 @@ def test_the_answer_is_cut_off(files, end, code, text):
     program = start(files, "-c", SLOW, "ask", "a.mp4", QUESTION, *QUICK)
     assert program.stdout.read(5) == "Wait "
     end(program)
-    program.wait(timeout=60)
+    program.wait(timeout=240)
     assert (program.returncode, program.stderr.read()) == (code, RANDOM + text)

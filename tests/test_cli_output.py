@@ -214,7 +214,7 @@ def test_help_and_wrong_options_import_nothing_heavy(tmp_path):
     right = [["--version"], ["--help"], *([name, "--help"] for name in ("ask", "run", "convert", "presets"))]
     command = [sys.executable, "-c", LIGHT, str(ROOT / "ppllava")]
     lines = "\n".join(map(json.dumps, [*right, *wrong]))
-    result = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=240)
     said = result.stdout.splitlines()
     assert [line for line in said if line.startswith("code")] == ["code 0"] * len(right) + ["code 2"] * len(wrong)
     assert result.stderr.count("ppllava: ") == len(result.stderr.splitlines()) == len(wrong)
