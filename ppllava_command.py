@@ -1,28 +1,85 @@
-"""The program `ppllava`. Outside of the package, whose import takes seconds in which Ctrl-C must not be a traceback."""
+"""The program `ppllava`. Outside of the package, so that it watches over the import of the package, too."""
 
-import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 
-# transformers imports torchao where it is installed, which warns of each of its GPU libraries that a CPU lacks.
-for name in ("torchao", "torch.utils._pytree") if os.environ.get("PPLLAVA_DEBUG") != "1" else ():
-    logging.getLogger(name).setLevel(logging.ERROR)
+REMEDY = 'run pip install --no-build-isolation ".[cli]" in the folder of the sources'
+
+
+class ImportFailure(Exception):
+    """A module of the command line cannot be imported; the message is one sentence for the user."""
 
 
 def main() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # not where a shell has it ignored
-        signal.signal(signal.SIGINT, _leave)
     try:
-        from ppllava.cli import main as command
-    except ModuleNotFoundError as error:
+        with importing():
+            from ppllava.cli import main as command
+    except ImportFailure as error:
         if os.environ.get("PPLLAVA_DEBUG") == "1":
             raise
-        sys.exit(_missing(error.name))
-    if handler is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handler)
+        print(f"ppllava: {error}", file=sys.stderr)
+        sys.exit(2)
     command()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Where modules are imported: Ctrl-C ends the process with code 130 and no traceback.
+
+    Raises:
+        ImportFailure: where one of them is missing, or cannot be imported.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    watched = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if watched:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what half an installation raises
+        raise ImportFailure(why_not(error)) from error
+    finally:
+        if watched:
+            signal.signal(signal.SIGINT, handler)
+
+
+def why_not(error: BaseException) -> str:
+    """The sentence about an error of an import. Transformers hides the cause, and raises an error without a name."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        if "torchvision" in str(cause) and not _is_missing(cause):
+            torch, torchvision = version("torch"), version("torchvision")
+            return (
+                f"torchvision {torchvision} does not fit torch {torch} ({_line(cause)}); install the torchvision that "
+                "was built for this torch, or uninstall it, as ppllava needs none"
+            )
+    for cause in reversed(causes):
+        if _is_missing(cause):
+            return f"the command line needs {cause.name}, which is missing; {REMEDY}"
+    text = f"{type(causes[-1]).__name__}: {_line(causes[-1])}"
+    return f"the command line cannot be imported ({text}); {REMEDY}, PPLLAVA_DEBUG=1 shows where it fails"
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or "none"; nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name is not None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _leave(*_) -> None:
@@ -31,13 +88,6 @@ def _leave(*_) -> None:
         os.write(2, b"ppllava: interrupted\n")
     finally:
         os._exit(130)
-
-
-def _missing(name: str) -> int:
-    print(
-        f"ppllava: the command line needs {name}, which is missing; pip install 'ppllava-kernels[cli]'", file=sys.stderr
-    )
-    return 2
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ppllava import presets
+from ppllava import preset_sizes, presets
 from ppllava.swap.compress import compress_model
 from ppllava.swap.guides import SwapGuide
 from ppllava.swap.windows import Size, Windows
@@ -35,8 +35,8 @@ LLAVA = {"tiny": "tiny", "small": "small", "7b": "vicuna-7b"}  # names of `prese
 def _clip(image_size: int, hidden: Sequence[int], layers: Sequence[int], heads: Sequence[int], projection: int) -> dict:
     """CLIP as an external guide; widths, layers and heads are (of the vision tower, of the text tower)."""
     return {
-        "vision_config": presets._clip(image_size, 16, hidden[0], layers[0], heads[0], projection),
-        "text_config": presets._guide(hidden[1], layers[1], heads[1], projection, 512) | CLIP_POSITIONS,
+        "vision_config": preset_sizes.clip_tower(image_size, 16, hidden[0], layers[0], heads[0], projection),
+        "text_config": preset_sizes.clip_guide(hidden[1], layers[1], heads[1], projection, 512) | CLIP_POSITIONS,
         "projection_dim": projection,
     }
 

@@ -1,6 +1,6 @@
-"""`python -m ppllava` is the command `ppllava`, but for Ctrl-C while the package is imported: that is Python's own."""
+"""`python -m ppllava` is the command `ppllava`."""
 
-from .cli import main
+from ppllava_command import main
 
 if __name__ == "__main__":
     main()

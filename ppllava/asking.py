@@ -9,34 +9,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TextStreamer
 
-from . import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
-from .console import Exit, Failure, is_memory, sentence
-from .packing import MAX_NEW_TOKENS, decode_answers
+from . import presets
+from .configuration_ppllava import PPLlavaConfig
+from .console import Exit, Failure, is_memory, sentence, shown
+from .modeling_ppllava import PPLlavaForConditionalGeneration
+from .options import Dtype
+from .packing import decode_answers
 from .pooling import BUDGETED
 from .preprocessing import open_image, read_image
+from .processing_ppllava import PPLlavaProcessor
+from .request import MAX_NEW_TOKENS
 from .sampling import check_count
+from .turns import render_turn, special_tokens
 
 # Pillow opens these as images, and they may be clips. A photo of a phone (MPO) or a scan (TIFF) with several is none,
 # and of a WebP, which FFmpeg does not play, the first image is taken.
 ANIMATED = ("GIF", "PNG", "AVIF")
-
-
-class Dtype(str, Enum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-    @property
-    def torch(self) -> torch.dtype | None:
-        return None if self is Dtype.AUTO else getattr(torch, self.value)
 
 
 # Files
@@ -157,17 +151,20 @@ def set_budget(config: PPLlavaConfig, processor: PPLlavaProcessor, tokens: int |
     config.pooling_max_tokens = processor.pooling_max_tokens = tokens
 
 
-def check_template(processor: PPLlavaProcessor, name: str, groups: list[list[str]], question: str) -> None:
-    """Whether the chat template of the model writes one placeholder for each file of these kinds."""
+def render(processor: PPLlavaProcessor, name: str, groups: list[list[str]], question: str) -> list[str]:
+    """The text of each prompt, by the chat template of the model: a group of files of these kinds, and the question.
+
+    Raises:
+        Failure: where the template fails, does not end, or does not write one placeholder for each file.
+    """
     for token in (processor.image_token, processor.video_token):
         if token in question:
             raise Failure(Exit.USAGE, f"QUESTION must not hold {token}, which stands for a file; leave it out")
+    texts = []
     with loading(name):
         for kinds in groups:
-            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
-            turns = [{"role": "user", "content": content}]
             try:
-                text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                text = render_turn(processor, kinds, question)
             except Exception as error:  # it is a program
                 raise ValueError(f"its chat template fails ({sentence(error)}); convert the model again") from error
             for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
@@ -176,20 +173,21 @@ def check_template(processor: PPLlavaProcessor, name: str, groups: list[list[str
                         f"its chat template must write one {token} for each {kind}, got {got} for {kinds.count(kind)}; "
                         "convert the model again"
                     )
+            texts.append(text)
+    return texts
 
 
-def prompt(processor: PPLlavaProcessor, groups: list[list[Medium]], question: str) -> Any:
-    """The inputs of the model: one prompt for each group of files, which holds them in order and then the question."""
-    conversations = []
-    for group in groups:
-        blocks = [{"type": medium.kind, medium.kind: medium.source} for medium in group]
-        conversations.append([{"role": "user", "content": [*blocks, {"type": "text", "text": question}]}])
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"padding_side": "left"},  # answers continue at the end
+def prompt(processor: PPLlavaProcessor, texts: list[str], groups: list[list[Medium]], question: str) -> Any:
+    """The inputs of the model: one prompt for each group of files, of the texts that :func:`render` made of them."""
+    media = [medium for group in groups for medium in group]
+    sources = {kind: [medium.source for medium in media if medium.kind == kind] for kind in ("image", "video")}
+    return processor(
+        text=texts,
+        images=sources["image"] or None,
+        videos=sources["video"] or None,
+        guide_text=[question] * len(texts),
+        padding_side="left",  # answers continue at the end
+        **special_tokens(processor, texts[0]),
     )
 
 
@@ -227,6 +225,24 @@ def _named(prompts: int) -> tuple[str, str]:
 # The model
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one.
+
+    Raises:
+        Failure: where this machine has none of this name.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        if is_memory(error):
+            raise
+        raise Failure(Exit.USAGE, f"--device must be one of this machine, got {name!r}; try cpu") from error
+    return device
+
+
 def load_processor(model: str | None, preset: str | None) -> tuple[PPLlavaConfig, PPLlavaProcessor]:
     """All but the weights."""
     if preset is not None:
@@ -256,7 +272,7 @@ def load_model(
 ) -> PPLlavaForConditionalGeneration:
     if preset is not None:
         chosen = dtype.torch or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        network, _ = presets.build(preset, dtype=chosen, device=device)
+        network = presets.build_model(preset, dtype=chosen, device=device)
         network.config.pooling_max_tokens = config.pooling_max_tokens
         return network
     with loading(model):
@@ -321,7 +337,7 @@ class Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.echo:
-            super().on_finalized_text(text, stream_end)
+            super().on_finalized_text(shown(text), stream_end)
 
     def answers(self, ends: int | list[int] | None) -> list[tuple[str, int]]:
         """As :func:`decode_answers`."""
@@ -335,12 +351,10 @@ def visual_tokens(media: list[Medium], features: dict[str, Any]) -> list[int]:
 
 
 __all__ = [
-    "MAX_NEW_TOKENS",
-    "Dtype",
     "Medium",
     "Stream",
     "answering",
-    "check_template",
+    "device_of",
     "encode",
     "kind_of",
     "load_model",
@@ -348,6 +362,7 @@ __all__ = [
     "plan",
     "prompt",
     "read",
+    "render",
     "room",
     "set_budget",
     "visual_tokens",

@@ -19,7 +19,6 @@ from .packing import (
     HARMLESS,
     LARGEST,
     LARGEST_OF_GPU,
-    MAX_NEW_TOKENS,
     Item,
     Outcome,
     Unit,
@@ -32,8 +31,9 @@ from .packing import (
     settle,
     windows,
 )
-from .request import Request
+from .request import MAX_NEW_TOKENS, Request
 from .sources import Loads, open_source
+from .turns import render_turn, special_tokens
 from .visual_features import MODALITIES, PPLlavaVisualFeatures
 
 if TYPE_CHECKING:
@@ -197,8 +197,11 @@ class BatchJob:
         limit = self.model.config.context_length
         for item in unit.items:
             try:
-                item.prompt = self._prompt(unit, item)
-                ids = self.processor.tokenizer(item.prompt, **self._special(item.prompt))["input_ids"]
+                item.prompt = render_turn(
+                    self.processor, [unit.opened.kind] * unit.opened.placeholders, item.request.prompt
+                )
+                options = special_tokens(self.processor, item.prompt)
+                ids = self.processor.tokenizer(item.prompt, **options)["input_ids"]
                 item.length = len(ids) - unit.opened.placeholders + unit.opened.tokens
                 asked = item.request.max_new_tokens or self.max_new_tokens
                 item.new_tokens = asked or MAX_NEW_TOKENS
@@ -216,16 +219,6 @@ class BatchJob:
                 failed.append(self._failed(item, error))
         unit.items = fit
         return failed
-
-    def _prompt(self, unit: Unit, item: Item) -> str:
-        blocks = [{"type": unit.opened.kind} for _ in range(unit.opened.placeholders)]
-        turns = [{"role": "user", "content": [*blocks, {"type": "text", "text": item.request.prompt}]}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-    def _special(self, prompt: str) -> dict[str, bool]:
-        """As apply_chat_template of transformers: a template may have written the first token."""
-        start = self.processor.tokenizer.bos_token
-        return {"add_special_tokens": False} if start is not None and prompt.startswith(start) else {}
 
     def _batches(self, items: list[Item]) -> Iterator[list[Item]]:
         """Requests that share a batch, those of long answers first, then those of long prompts: as many as the budget
@@ -292,7 +285,7 @@ class BatchJob:
         failed = []
         for item in items:
             try:
-                media = {f"{unit.kind}s": unit.seen, **self._special(item.prompt)}
+                media = {f"{unit.kind}s": unit.seen, **special_tokens(self.processor, item.prompt)}
                 inputs = self.processor(text=item.prompt, guide_text=item.request.prompt, **media)
                 row = inputs.pop("input_ids")[0]
                 inputs.pop("attention_mask")

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import platform
 import sys
 import time
-from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
+import typer
+from typer import Argument, Option
 
-from . import PPLlavaForConditionalGeneration, presets
-from .asking import (
-    MAX_NEW_TOKENS,
-    Dtype,
-    Stream,
-    answering,
-    check_template,
-    encode,
-    kind_of,
-    load_model,
-    load_processor,
-    plan,
-    prompt,
-    read,
-    room,
-    visual_tokens,
-)
-from .console import MEANINGS, Exit, Failure, is_memory, note, print_json, quiet, run, sentence, timed
-from .drawing import draw_relevance, drawings
+from ppllava_command import importing, version
 
-try:
-    import typer
-    from typer import Argument, Option
-except ModuleNotFoundError:
-    typer = None
+from .console import MEANINGS, Exit, Failure, note, print_json, quiet, run, say, sentence, timed
+from .options import Dtype, Engine, check_job, check_options, check_question, random_weights
+from .quiet_imports import hush
+from .request import COUNT, MAX_NEW_TOKENS
 
-
-class Engine(str, Enum):
-    LOCAL = "local"
-    RAY = "ray"
-
-
-COUNT = 1 << 20  # the most of anything that is counted, or numbers of 30 digits would reach the model
+# Modules that need PyTorch or transformers are imported where a command runs: --help and wrong options need none.
 EPILOG = "Exit codes: " + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items()) + "."
 
 
@@ -89,12 +64,31 @@ def ask(
 ) -> None:
     """Ask one question about videos and images: about all of them together, or with --each about each by itself."""
     *paths, question = arguments
-    _check_question(paths, question)
-    _check_options(model, preset, frames, fps, start, end, temperature)
-    place = _device(device)
+    check_question(paths, question)
+    check_options(model, preset, frames, fps, start, end, temperature)
     clock: dict[str, float] = {}
-    began = time.perf_counter()
     with quiet():
+        with importing():
+            import torch
+
+            from .asking import (
+                Stream,
+                answering,
+                device_of,
+                encode,
+                kind_of,
+                load_model,
+                load_processor,
+                plan,
+                prompt,
+                read,
+                render,
+                room,
+                visual_tokens,
+            )
+            from .drawing import draw_relevance, drawings
+        began = time.perf_counter()
+        place = device_of(device)
         kinds = [kind_of(path) for path in paths]
         of_videos = {"frames": frames, "fps": fps, "start": start, "end": end, "tokens": tokens}
         if "video" not in kinds and (given := [option for option, value in of_videos.items() if value is not None]):
@@ -112,7 +106,7 @@ def ask(
             return [[file] for file in files] if each else [files]
 
         name = preset if model is None else model
-        check_template(processor, name, grouped(kinds), question)
+        texts = render(processor, name, grouped(kinds), question)
         count = processor.num_frames if frames is None and fps is None else frames
         if fps is None:  # so nothing is decoded in vain
             plan(config, processor, grouped([(kind, count) for kind in kinds]), tokens)
@@ -122,7 +116,7 @@ def ask(
         if fps is not None:
             plan(config, processor, grouped([(medium.kind, len(medium.frames)) for medium in media]), tokens)
         groups = grouped(media)
-        inputs = prompt(processor, groups, question)
+        inputs = prompt(processor, texts, groups, question)
         options = {"max_new_tokens": room(config, inputs, max_new_tokens), "do_sample": temperature > 0}
         if temperature:
             options["temperature"] = temperature
@@ -133,6 +127,8 @@ def ask(
                 features = encode(network, inputs.to(place))
             stream = Stream(processor.tokenizer, echo=not as_json and len(groups) == 1)
             torch.manual_seed(seed)
+            if preset is not None:
+                note(random_weights(preset))
             asked = time.perf_counter()
             with timed(clock, "generate", None if stream.echo else "answering"), answering(model):
                 options.update(num_beams=1, num_return_sequences=1)  # whatever the model's own configuration says
@@ -157,9 +153,9 @@ def ask(
                 print_json(answer)
         elif len(groups) > 1:
             for path, (text, _) in zip(paths, answers):
-                print(f"{path}: {' '.join(text.splitlines())}", flush=True)
+                say(f"{path}: {' '.join(text.splitlines())}")
         if targets:  # after the answer, which no full disk may cost
-            for path in draw_relevance(targets, groups, features, processor, question):
+            for path in draw_relevance(targets, groups, features, processor, question, preset):
                 note(f"wrote {path}")
 
 
@@ -203,21 +199,19 @@ def run_requests(
     A request is one JSON object a line: "id", "prompt", one of "video", "image" and "images" (paths), and optionally
     "frames" or "fps", "start" and "end" of a video, "max_new_tokens". The file of answers has them in the same order.
     """
-    from .running import JobSpec, local_engine, run_job
-
-    _check_options(model, preset, frames, fps, None, None, 0.0)
-    if memory is not None and not 2**-20 <= memory < 2**20:
-        raise Failure(Exit.USAGE, f"--memory must be GiB, more than 0, got {memory:g}; try 8")
-    if workers is not None and engine is Engine.LOCAL:
-        raise Failure(Exit.USAGE, "--workers is for --engine ray, got --engine local; leave it out, or see --threads")
-    place = "auto" if device is None and engine is Engine.RAY else str(_device(device))
-    size = None if memory is None else int(memory * 2**30)
-    spec = JobSpec(model, preset, dtype, frames, fps, tokens, max_new_tokens, place, compiled, fp8, size, threads)
+    check_options(model, preset, frames, fps)
+    check_job(memory, workers, engine)
     with quiet():
+        with importing():
+            from .asking import device_of
+            from .running import JobSpec, local_engine, run_job
+        place = "auto" if device is None and engine is Engine.RAY else str(device_of(device))
+        size = None if memory is None else int(memory * 2**30)
+        spec = JobSpec(model, preset, dtype, frames, fps, tokens, max_new_tokens, place, compiled, fp8, size, threads)
         if engine is Engine.LOCAL:
             return run_job(requests, answers, spec, local_engine)
-        from .ray_engine import RayEngine
-
+        with importing():
+            from .ray_engine import RayEngine
         return run_job(requests, answers, spec, RayEngine(workers or 1))
 
 
@@ -232,86 +226,54 @@ def convert(
     dtype: Annotated[Dtype, Option(help="Of the written weights; auto leaves them.")] = Dtype.AUTO,
 ) -> None:
     """Make one folder for --model of a checkpoint of the original PPLLaVA."""
-    from .convert import convert_checkpoint
-
     folders = {"base": base, "clip": clip, "adapter": adapter, "tokenizer": tokenizer}
     with quiet("converting"):
+        with importing():
+            from .convert import convert_checkpoint
         try:
             report = convert_checkpoint(
                 source, destination, **folders, guide_tokenizer=guide_tokenizer, dtype=dtype.torch
             )
         except (ValueError, OSError, ImportError) as error:
             raise Failure(Exit.MODEL, sentence(error)) from error
-    print(report)
+    say(report)
 
 
 def show_presets() -> None:
     """List the models with random weights, which need no download."""
-    rows = [("preset", "parameters", "vision tower", "language model", "tokens of 32 frames")]
-    for name in presets.NAMES:
-        with quiet(), torch.device("meta"):
-            network = PPLlavaForConditionalGeneration(presets.preset_config(name))
-        config, vision = network.config, network.config.vision_config
-        tower = f"{vision.model_type.removesuffix('_vision_model')}, {vision.image_size} pixels"
-        count = f"{sum(parameter.numel() for parameter in network.parameters()):,}"
-        rows.append((name, count, tower, config.text_config.model_type, f"{config.visual_pooling.video_tokens(32):,}"))
+    with quiet():
+        with importing():
+            import torch
+
+            from . import presets
+            from .modeling_ppllava import PPLlavaForConditionalGeneration
+        rows = [("preset", "parameters", "vision tower", "language model", "tokens of 32 frames")]
+        for name in presets.NAMES:
+            with torch.device("meta"):
+                network = PPLlavaForConditionalGeneration(presets.preset_config(name))
+            config, vision = network.config, network.config.vision_config
+            tower = f"{vision.model_type.removesuffix('_vision_model')}, {vision.image_size} pixels"
+            count = f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+            tokens = f"{config.visual_pooling.video_tokens(32):,}"
+            rows.append((name, count, tower, config.text_config.model_type, tokens))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(f"{cell:{'<><<>'[i]}{width}}" for i, (cell, width) in enumerate(zip(row, widths))))
 
 
-# What the user gave
+def _version(asked: bool) -> None:
+    if asked:
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "av"))
+        print(f"ppllava-kernels {version('ppllava-kernels')} ({packages}, Python {platform.python_version()})")
+        raise typer.Exit
 
 
-def _check_question(paths: list[str], question: str) -> None:
-    if not paths or os.path.isfile(question):
-        raise Failure(
-            Exit.USAGE,
-            f"ask needs one or more files and then the question, got {question!r} as the last argument; write for "
-            "example: ppllava ask clip.mp4 'What happens?'",
-        )
-    try:
-        question.encode()
-    except UnicodeEncodeError:
-        raise Failure(
-            Exit.USAGE, f"QUESTION must be valid text, got {question!r}; write it in UTF-8, in a UTF-8 locale"
-        ) from None
-    if not question.strip():
-        raise Failure(Exit.USAGE, "QUESTION must ask something, got an empty text; it guides the compression, too")
-
-
-def _check_options(model, preset, frames, fps, start, end, temperature) -> None:
-    if (model is None) == (preset is None):
-        got = "neither" if model is None else "both"
-        raise Failure(
-            Exit.USAGE, f"exactly one of --model and --preset must be given, got {got}; --model takes a folder"
-        )
-    if preset is not None and preset not in presets.NAMES:
-        raise Failure(Exit.USAGE, f"--preset must be one of {', '.join(presets.NAMES)}, got {preset!r}")
-    if frames is not None and fps is not None:
-        raise Failure(Exit.USAGE, f"--frames and --fps exclude each other, got {frames} and {fps:g}; leave one out")
-    if fps is not None and not 0 < fps < float("inf"):
-        raise Failure(Exit.USAGE, f"--fps must be a positive number of frames a second, got {fps:g}; try 1")
-    if start is not None and end is not None and end < start:
-        raise Failure(Exit.USAGE, f"--end must not be before --start, got {end:g} and {start:g}; swap them")
-    if temperature and not 1e-3 <= temperature <= 1e3:
-        raise Failure(
-            Exit.USAGE,
-            f"--temperature must be 0, or in 0.001 ... 1000, got {temperature:g}; 0 takes the likeliest token",
-        )
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:
-        if is_memory(error):
-            raise
-        raise Failure(Exit.USAGE, f"--device must be one of this machine, got {name!r}; try cpu") from error
-    return device
+def options(
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Of ppllava-kernels and what it runs on.")
+    ] = False,
+) -> None:
+    """PPLLaVA: ask videos and images."""
 
 
 # The program
@@ -332,7 +294,8 @@ def _app() -> typer.Typer:
             except BrokenPipeError:
                 raise Failure(Exit.PIPE, MEANINGS[Exit.PIPE]) from None
 
-    app = typer.Typer(cls=Group, add_completion=False, help="PPLLaVA: ask videos and images.")
+    app = typer.Typer(cls=Group, add_completion=False)
+    app.callback()(options)
     app.command(epilog=EPILOG)(ask)
     app.command("run", epilog=EPILOG)(run_requests)
     app.command()(convert)
@@ -340,13 +303,11 @@ def _app() -> typer.Typer:
     return app
 
 
-app = None if typer is None else _app()
+app = _app()
 
 
 def main() -> None:
-    if app is None:
-        note("the command line needs typer, which is missing; pip install 'ppllava-kernels[cli]'")
-        sys.exit(int(Exit.USAGE))
+    hush()
     app()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -13,8 +14,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from enum import IntEnum
 from typing import Any
 
-import torch
-from transformers import logging as transformers_logging
+from ppllava_command import ImportFailure, importing
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and the end of a line; terminals obey them
+OFTEN = 300.0  # seconds without a word about the progress of a job
 
 
 class Exit(IntEnum):
@@ -63,9 +66,11 @@ def sentence(error: BaseException, limit: int = 600) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Whether there was too little memory; the CPU's allocator and cuBLAS raise plain RuntimeErrors."""
+    torch = sys.modules.get("torch")  # without it none of its errors is there
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or isinstance(error, kinds)
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -104,6 +109,8 @@ def run(command: Callable[[], Any]) -> int:
 def _explain(error: BaseException) -> tuple[Exit, str]:
     if isinstance(error, Failure):
         return error.code, str(error)
+    if isinstance(error, ImportFailure):
+        return Exit.USAGE, str(error)
     if is_memory(error):
         remedy = "pass fewer files, --frames or --tokens, --dtype bfloat16, or another --device"
         return Exit.MEMORY, f"out of memory ({sentence(error, 100)}); {remedy}"
@@ -121,18 +128,33 @@ def _explain(error: BaseException) -> tuple[Exit, str]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One line, with escapes where stdout cannot hold a character."""
+    """One line, with escapes where stdout cannot hold a character, and for the control characters that JSON allows."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
         text = json.dumps(value)
-    print(text, flush=True)
+    print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def say(text: str) -> None:
+    """A line, or several, on stdout."""
+    print(shown(text), flush=True)
+
+
+def shown(text: str) -> str:
+    """A text for stdout: as it is for a file or a pipe, without control characters for a terminal."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
+def visible(text: str) -> str:
+    """A text with its control characters as escapes, such as \\x1b, but for tabs and ends of lines."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def note(text: str) -> None:
-    with suppress(OSError):
-        print("ppllava:", text.replace("\n", "\\n"), file=sys.stderr, flush=True)  # names of files may hold some
+    with suppress(OSError):  # names of files may hold anything
+        print("ppllava:", visible(text).replace("\n", "\\n"), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -148,58 +170,97 @@ def _status(text: str) -> AbstractContextManager:
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=True).status(text)
+    return Console(stderr=True).status(Text(visible(text)))
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Gives `advance(count)`, which moves a bar where someone watches, and else notes every tenth."""
+def progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Gives `advance(count)`, which moves a bar where someone watches, and else notes every tenth, and after five
+    minutes. `done` of the total are so before the clock starts."""
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda count: bar.advance(task, count)
+            task = bar.add_task("", total=total, completed=done, rate="")
+            pace = _Pace(total, done)
+            yield lambda count: bar.update(task, advance=count, rate=pace.advance(count))
         return
-    done = 0
+    pace = _Pace(total, done)
+    told, at = done, pace.began
 
     def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        if 10 * before // total < 10 * done // total:
-            note(f"{done} of {total} requests are done")
+        nonlocal told, at
+        rate = pace.advance(count)
+        if 10 * told // total < 10 * pace.done // total or pace.now() - at > OFTEN:
+            told, at = pace.done, pace.now()
+            note(", ".join([f"{told} of {total} requests", *filter(None, (rate, pace.left()))]))
 
     yield advance
+
+
+class _Pace:
+    """How fast requests are done, and how long the others take at that rate."""
+
+    now = staticmethod(time.monotonic)
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.first, self.began = total, done, done, self.now()
+
+    def advance(self, count: int) -> str:
+        """Some more are done; the rate since the start, such as "3.1 a minute"."""
+        self.done += count
+        if not self.done > self.first:
+            return ""
+        minute = 60 / self._each()
+        if minute < 1:
+            return f"{60 * minute:.1f} an hour"
+        return f"{minute:,.0f} a minute" if minute >= 100 else f"{minute:.1f} a minute"
+
+    def left(self) -> str:
+        """Such as "39 min left"; empty where nothing is."""
+        seconds = self._each() * (self.total - self.done) if self.done > self.first else 0
+        if not self.done < self.total or not seconds:
+            return ""
+        if seconds < 100:
+            return f"{seconds:.0f} s left"
+        return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
+
+    def _each(self) -> float:
+        return max(self.now() - self.began, 1e-3) / (self.done - self.first)
 
 
 @contextmanager
 def quiet(status: str | None = None) -> Iterator[None]:
     """Of all warnings only those about the user's files and question, as notes."""
-    from .batching import BatchWarning
-    from .video import VideoWarning
-
     if os.environ.get("PPLLAVA_DEBUG") == "1":
         yield
         return
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), _status(status) if status else nullcontext():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", category=VideoWarning)
-            warnings.filterwarnings("always", category=BatchWarning)
-            warnings.filterwarnings("default", message="guide_text of")  # one note for all files
-            warnings.showwarning = lambda message, *_, **__: note(str(message))
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with importing():
+            from transformers import logging
+
+            from .batching import BatchWarning
+            from .video import VideoWarning
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        try:
+            with _status(status) if status else nullcontext():
+                warnings.filterwarnings("always", category=VideoWarning)
+                warnings.filterwarnings("always", category=BatchWarning)
+                warnings.filterwarnings("default", message="guide_text of")  # one note for all files
+                warnings.showwarning = lambda message, *_, **__: note(str(message))
+                yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
 
 
 __all__ = [
@@ -213,6 +274,9 @@ __all__ = [
     "progress",
     "quiet",
     "run",
+    "say",
     "sentence",
+    "shown",
     "timed",
+    "visible",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import PPLlavaProcessor
 from .asking import Medium
 from .console import Exit, Failure, is_memory, sentence
+from .processing_ppllava import PPLlavaProcessor
 
 
 def drawings(path: Path, media: list[str], kinds: list[str]) -> list[Path]:
@@ -27,10 +28,8 @@ def drawings(path: Path, media: list[str], kinds: list[str]) -> list[Path]:
     if path.suffix.lower() == ".mp4" and "image" in kinds:
         image = media[kinds.index("image")]
         raise Failure(Exit.USAGE, f"--relevance draws images as .png only, got '{path}' for '{image}'; write .png")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise Failure(Exit.USAGE, "--relevance needs matplotlib, which is missing; pip install matplotlib") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Failure(Exit.USAGE, "--relevance needs matplotlib, which is missing; pip install matplotlib")
     numbers = range(1, len(media) + 1)
     targets = [path] if len(media) == 1 else [path.with_stem(f"{path.stem}-{number}") for number in numbers]
     for target in targets:
@@ -67,14 +66,18 @@ def draw_relevance(
     features: dict[str, Any],
     processor: PPLlavaProcessor,
     question: str,
+    preset: str | None = None,
 ) -> Iterator[Path]:
-    """Write the relevance of each file to its target; each target as soon as it is there."""
+    """Write the relevance of each file to its target; each target as soon as it is there.
+
+    preset  the name of the model where its weights are random, which the drawing then says
+    """
     for target, (medium, relevance, shared) in zip(targets, _relevance(groups, features), strict=True):
         in_views = medium.kind == "image" and len(shared) == 1 and processor.image_grid_pinpoints
         cropped = processor.resize_mode == "crop" and not in_views
         frames = _center(medium.frames) if cropped else medium.frames
         try:
-            _draw(target, medium, frames, relevance, shared, question)
+            _draw(target, medium, frames, relevance, shared, question, preset)
         except BaseException as error:
             with suppress(OSError):
                 os.remove(target)  # half of it
@@ -90,18 +93,45 @@ def draw_relevance(
 
 
 def _draw(
-    target: Path, medium: Medium, frames: np.ndarray, relevance: np.ndarray, shared: np.ndarray, question: str
+    target: Path,
+    medium: Medium,
+    frames: np.ndarray,
+    relevance: np.ndarray,
+    shared: np.ndarray,
+    question: str,
+    preset: str | None,
 ) -> None:
-    from .relevance import draw, save_mp4, save_png, scale
+    from .relevance import draw, save_mp4, save_png, scale, span
 
+    name = os.fsencode(os.path.basename(medium.path)).decode(errors="replace")  # it may be no text
+    title, ends = f"{name}: \u201c{question}\u201d", span(shared)
+    what = "image" if medium.kind == "image" else "clip"
+    whose = f"this {what}" if relevance is shared else f"these {len(shared)} images"
+    remarks = [
+        "Color: how relevant a patch is to the question, from the median patch (no color) to the most relevant one of "
+        f"{whose} (full color). The scale is that of {whose} alone."
+    ]
+    if preset is not None:
+        remarks.append(f"The preset {preset} has random weights: this map means nothing.")
     times = medium.source.timestamps if medium.kind == "video" else None
-    drawn = draw(frames, relevance, scale(shared))
     if target.suffix.lower() == ".png":
-        name = os.fsencode(os.path.basename(medium.path)).decode(errors="replace")  # it may be no text
-        save_png(target, drawn, times, f"{name}: {question}")
+        if times is not None:
+            frames, relevance, times = _once(medium.source.indices, frames, relevance, times)
+        save_png(target, draw(frames, relevance, scale(shared)), times, title, ends, remarks)
     else:
         seconds = float(times[-1] - times[0])
-        save_mp4(target, drawn, min(max((len(times) - 1) / seconds if seconds else 1, 1), 30))
+        rate = min(max((len(times) - 1) / seconds if seconds else 1, 1), 30)
+        save_mp4(target, draw(frames, relevance, scale(shared)), rate, title, remarks)
+
+
+def _once(
+    indices: np.ndarray, frames: np.ndarray, relevance: np.ndarray, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames [N, H, W, 3], relevance [N, h, w] and times [N] of the N different frames of a clip [T]: one with fewer
+    frames than were asked for has some of them several times. These have the mean of their maps."""
+    known, first = np.unique(indices, return_index=True)  # [N], ascending as the clip is
+    means = np.stack([relevance[indices == index].mean(axis=0) for index in known])
+    return frames[first], means, times[first]
 
 
 def _relevance(groups: list[list[Medium]], features: dict[str, Any]) -> Iterator[tuple[Medium, np.ndarray, np.ndarray]]:

@@ -17,7 +17,6 @@ from .request import Request, Source
 from .sources import Opened
 from .visual_features import PPLlavaVisualFeatures
 
-MAX_NEW_TOKENS = 256
 WINDOW = 128  # requests whose files are opened, and that are packed, together
 GIB = 1 << 30
 LARGEST = {"cpu": 8}  # requests of one batch, where more of them are no faster
@@ -164,7 +163,6 @@ __all__ = [
     "HARMLESS",
     "LARGEST",
     "LARGEST_OF_GPU",
-    "MAX_NEW_TOKENS",
     "WINDOW",
     "Item",
     "Outcome",

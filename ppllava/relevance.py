@@ -8,15 +8,16 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
-COLORS = "inferno"  # of matplotlib; perceptually uniform, its brightness rises all the way
+COLORS = "cool"  # of matplotlib: cyan to magenta, which few things in a video have, on a dark frame and on a bright one
 DECADES = 3  # what is drawn reaches this far below the peak; fainter patches do not move the pooling
-DIMMED = 0.6  # of the brightness of a frame stays, so that no white wall outshines the peak
-OPACITY = 0.7  # of the color at the peak
+OPACITY = 0.75  # of the color at the peak
 WIDTH = 1600  # pixels of a contact sheet
+LEAST = 5.0  # inches that the colour bar and the sentences below it need
 NARROWEST = 16  # to 1; a line of pixels is drawn as wide as that, or the sheet would be none
 
 
@@ -49,11 +50,19 @@ def intensity(relevance: np.ndarray, limits: tuple[float, float] | None = None) 
     return np.clip(above / max(math.log(peak / floor), math.log(2)), 0, 1).astype(np.float32)
 
 
+def span(relevance: np.ndarray) -> tuple[float, float]:
+    """What the first and the last color of maps on one scale stand for, as multiples of the mean patch; (0, 0) where
+    all is 0."""
+    floor, peak = scale(relevance)
+    mean = float(np.mean(np.asarray(relevance, dtype=np.float64)))
+    return (floor / mean, max(peak, 2 * floor) / mean) if peak > 0 else (0.0, 0.0)
+
+
 def draw(frames: np.ndarray, relevance: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
-    """uint8 [T, H, W, 3]: the frames, dimmed, under the color of their relevance.
+    """uint8 [T, H, W, 3]: the frames, as bright as they are, under the color of their relevance.
 
         v   = `intensity` of the clip, one scale for all frames, bilinear from [h, w] to [H, W]
-        out = (1 - a) * 0.6 * frame + a * color(v),  a = 0.7 * v
+        out = (1 - a) * frame + a * color(v),  a = 0.75 * v
 
     frames     uint8 [T, H, W, 3]
     relevance  float [T, h, w], not negative; softmax probabilities over the clip
@@ -73,26 +82,32 @@ def draw(frames: np.ndarray, relevance: np.ndarray, limits: tuple[float, float] 
     if not (np.isfinite(relevance).all() and (relevance >= 0).all()):
         raise ValueError("relevance must be finite and not negative, got other values; pass softmax probabilities")
     palette = _palette()  # [256, 3]
-    values = torch.from_numpy(intensity(relevance, limits))[:, None]  # [T, 1, h, w]
+    values = intensity(relevance, limits)  # [T, h, w]
     out = np.empty_like(frames)
     for i, frame in enumerate(frames):  # one by one, or 64 frames of 1920 x 1080 would take 2 GB in float32
-        shape = frame.shape[:2]
-        large = torch.nn.functional.interpolate(values[i : i + 1], size=shape, mode="bilinear", align_corners=False)
-        v = large[0, 0].numpy()  # [H, W]
+        size = frame.shape[1::-1]
+        v = np.asarray(Image.fromarray(values[i]).resize(size, Image.Resampling.BILINEAR))  # [H, W]
         color = palette[np.rint(255 * v).astype(np.uint8)]  # [H, W, 3]
         alpha = OPACITY * v[..., None]  # [H, W, 1]
-        out[i] = np.rint((1 - alpha) * DIMMED * frame + alpha * color)
+        out[i] = np.rint((1 - alpha) * frame + alpha * color)
     return out
 
 
 def save_png(
-    path: str | os.PathLike, frames: Sequence[np.ndarray], timestamps: Sequence[float] | None = None, title: str = ""
+    path: str | os.PathLike,
+    frames: Sequence[np.ndarray],
+    timestamps: Sequence[float] | None = None,
+    title: str = "",
+    ends: tuple[float, float] | None = None,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write a contact sheet: the frames row by row in about 4:3, each with its time; those beyond 16:1 are squeezed.
 
     frames      T of uint8 [H, W, 3]
     timestamps  T of seconds; None leaves them out
     title       above the sheet
+    ends        what the colour bar below it begins and ends with, as `span` returns them; None leaves it out
+    remarks     sentences below the bar
 
     Errors: ImportError without matplotlib; OSError where the file cannot be written.
     """
@@ -104,30 +119,77 @@ def save_png(
     # Inches; a hundred pixels each. A single frame need not be as large as a whole sheet.
     cell = min(WIDTH / 100 / columns, 8.0, 12.0 / ratio)
     label = 0.25 if timestamps is not None else 0.05
-    lines = textwrap.wrap(title, max(int(columns * cell * 11), 20))[:4]
-    head = 0.25 * len(lines) + 0.1
-    size = (columns * cell, rows * (cell * ratio + label) + head)
+    across = columns * cell if ends is None and not remarks else max(columns * cell, LEAST)
+    letters = max(int(across * 11), 20)
+    lines = textwrap.wrap(title, letters)[:4]
+    below = [line for remark in remarks for line in textwrap.wrap(remark, int(letters * 1.1))]
+    head, bar = 0.25 * len(lines) + 0.1, 0.75 if ends is not None and ends[1] > 0 else 0.0
+    foot = bar + 0.2 * len(below) + (0.1 if below else 0.0)
+    grid = rows * (cell * ratio + label)
+    size = (across, grid + head + foot)
     figure = matplotlib.figure.Figure(figsize=size, dpi=100)
+    left = (across - columns * cell) / 2
     for i, frame in enumerate(frames):
         row, column = divmod(i, columns)
-        bottom = (rows - 1 - row) * (size[1] - head) / rows
-        box = (column / columns, bottom / size[1], 0.98 / columns, cell * ratio / size[1])
+        bottom = foot + (rows - 1 - row) * (cell * ratio + label)
+        box = ((left + column * cell) / across, bottom / size[1], 0.98 * cell / across, cell * ratio / size[1])
         axes = figure.add_axes(box)
         axes.set_axis_off()
         axes.imshow(frame, interpolation="antialiased", aspect="equal" if ratio == height / width else "auto")
         if timestamps is not None:
-            axes.set_title(f"{timestamps[i]:.2f} s", fontsize=9, pad=3)
-    text = figure.text(0.5, 1 - 0.05 / size[1], "\n".join(lines), fontsize=11, ha="center", va="top")
-    text.set_parse_math(False)  # a dollar sign is one
+            axes.set_title(_seconds(timestamps[i]), fontsize=9, pad=3)
+    if bar:
+        _draw_bar(figure.add_axes((0.5 - 2.2 / across, (foot - 0.3) / size[1], 4.4 / across, 0.16 / size[1])), ends)
+    where = dict(ha="center", va="top")
+    texts = [
+        figure.text(0.5, 1 - 0.05 / size[1], "\n".join(lines), fontsize=11, **where),
+        figure.text(0.5, (foot - bar) / size[1], "\n".join(below), fontsize=9, linespacing=1.3, **where),
+    ]
+    for text in texts:
+        text.set_parse_math(False)  # a dollar sign is one
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the title may be in any script
         figure.savefig(path, format="png")
 
 
-def save_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
+def _draw_bar(axes: Any, ends: tuple[float, float]) -> None:
+    """The colors over a grey frame, on the logarithmic scale of `intensity`, with numbers at 1, 2, 5, 10, ..."""
+    low, high = ends
+    v = np.linspace(0, 1, 256, dtype=np.float32)[:, None]  # [256, 1]
+    grey = np.full((256, 3), 128, dtype=np.float32)
+    alpha = OPACITY * v
+    axes.imshow(
+        np.rint((1 - alpha) * grey + alpha * _palette()).astype(np.uint8)[None], aspect="auto", extent=(0, 1, 0, 1)
+    )
+    steps = [
+        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
+    known = {step: math.log(step / low) / math.log(high / low) for step in steps}
+    inner = {step: place for step, place in known.items() if 0.08 < place < 0.92}
+    if len(inner) > 7:
+        inner = {step: place for step, place in inner.items() if f"{step:e}"[0] == "1"}
+    marks = {low: 0.0, **inner, high: 1.0}
+    axes.set_xticks(
+        list(marks.values()), [f"{mark:.2g}" if mark < 100 else f"{mark:.0f}" for mark in marks], fontsize=8
+    )
+    axes.set_yticks([])
+    axes.tick_params(length=2, pad=2)
+    axes.set_xlabel("relevance, x the mean patch", fontsize=9, labelpad=1)
+
+
+def _seconds(time: float) -> str:
+    text = f"{time:.3f}".rstrip("0").rstrip(".")
+    return f"{text} s"
+
+
+def save_mp4(
+    path: str | os.PathLike, frames: np.ndarray, fps: float, title: str = "", remarks: Sequence[str] = ()
+) -> None:
     """Write an H.264 clip at `fps` frames a second. An odd height or width grows by its last row or column.
 
-    frames  uint8 [T, H, W, 3]
+    frames   uint8 [T, H, W, 3]
+    title    of the file, in its tags
+    remarks  sentences, in its tag "comment"
 
     Errors: OSError where the file cannot be written, ValueError where PyAV has no H.264 encoder.
     """
@@ -137,6 +199,7 @@ def save_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
     rate = Fraction(fps).limit_denominator(1000)
     try:
         with av.open(os.fspath(path), "w", format="mp4") as container:
+            container.metadata.update(title=title, comment=" ".join(remarks))
             stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
             stream.width, stream.height = width + width % 2, height + height % 2
             stream.pix_fmt = "yuv420p"  # what browsers play
@@ -164,4 +227,4 @@ def _matplotlib():
     return matplotlib
 
 
-__all__ = ["draw", "intensity", "save_mp4", "save_png", "scale"]
+__all__ = ["draw", "intensity", "save_mp4", "save_png", "scale", "span"]

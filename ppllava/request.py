@@ -12,7 +12,8 @@ KEYS = ("id", "prompt", "video", "image", "images", "frames", "fps", "start", "e
 MEDIA = ("video", "image", "images")
 SAMPLING = ("frames", "fps", "start", "end")
 URLS = ("http:", "https:", "ftp:", "data:")
-COUNT = 1 << 20  # the most frames or tokens that anybody may ask for
+COUNT = 1 << 20  # the most of anything that is counted, or numbers of 30 digits would reach the model
+MAX_NEW_TOKENS = 256  # of the answer to a request that names no number
 MOST = 1e9  # seconds, or frames a second
 
 
@@ -65,7 +66,9 @@ class Request:
         if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
             raise RequestError(f"id must be text or a whole number, got {shown(name)}; every answer carries it")
         prompt = given.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt must be text, got {shown(prompt)}; write the question in quotes")
+        if not prompt.strip():
             raise RequestError(f"prompt must ask something, got {shown(prompt)}; it guides the compression, too")
         try:
             prompt.encode()
@@ -146,4 +149,4 @@ def shown(value: Any) -> str:
     return "none" if value is None else text if len(text) <= 60 else f"{text[:60]} ..."
 
 
-__all__ = ["KEYS", "Request", "RequestError", "Source", "shown"]
+__all__ = ["COUNT", "KEYS", "MAX_NEW_TOKENS", "Request", "RequestError", "Source", "shown"]

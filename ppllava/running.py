@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from .asking import Dtype, check_template, load_model, load_processor, set_budget
+from .answers import AnswerFile, Line
+from .asking import load_model, load_processor, render, set_budget
 from .batching import BatchJob
 from .console import Exit, Failure, is_memory, note, progress, sentence
+from .options import Dtype, random_weights
 from .packing import Outcome
 from .quantization import fp8
 from .request import Request, RequestError, shown
@@ -58,7 +60,7 @@ class JobSpec:
         if self.frames is not None:
             processor.num_frames = self.frames
         name = self.preset if self.model is None else self.model
-        check_template(processor, name, [["video"], ["image"]], "?")
+        render(processor, name, [["video"], ["image"]], "?")
         network = load_model(self.model, self.preset, config, torch.device(self.device), self.dtype)
         if self.fp8:
             try:
@@ -75,18 +77,6 @@ class JobSpec:
         return BatchJob(network, processor, self.max_new_tokens, self.memory, self.threads, options)
 
 
-@dataclass
-class Line:
-    """One line of the file of requests: what it asks, or what is wrong with it."""
-
-    number: int
-    is_object: bool = False
-    id: str | int | None = None
-    request: Request | None = None
-    digest: str = ""
-    error: str = ""
-
-
 def run_job(requests: Path, answers: Path, spec: JobSpec, engine: Any) -> int:
     """Answer the requests of a file; the exit code. `engine(spec, requests, done)` yields the outcomes."""
     lines = read_requests(requests, spec)
@@ -98,9 +88,10 @@ def run_job(requests: Path, answers: Path, spec: JobSpec, engine: Any) -> int:
         done = {n for n, place in enumerate(valid) if place in file.kept}
         if file.kept:
             note(f"{len(file.kept)} of {len(lines)} answers are in {answers}; going on with the others")
+        if spec.preset is not None:
+            note(random_weights(spec.preset))
         try:
-            with progress(len(lines)) as advance:
-                advance(len(done) + len(lines) - len(valid))
+            with progress(len(lines), len(done) + len(lines) - len(valid)) as advance:
                 if len(done) < len(valid):
                     # closed, so that its threads and workers end with Ctrl-C, too
                     with closing(engine(spec, [lines[place].request for place in valid], done)) as outcomes:
@@ -134,12 +125,11 @@ def read_requests(path: Path, spec: JobSpec) -> list[Line]:
         raise Failure(Exit.USAGE, f"{path}: has no requests, {why}; write one JSON object a line: id, prompt and video")
     first: dict[str | int, int] = {}
     for line in lines:
-        if line.request is None:
-            continue
-        if line.id in first:
+        if line.id is not None and line.id in first:
             line.error = f"line {line.number}: id {line.id!r} is that of line {first[line.id]}; give each its own"
-            line.request = None
-        first.setdefault(line.id, line.number)
+            line.id, line.request = None, None  # what looks answers up by their ids finds that of the first line
+        elif line.id is not None:
+            first[line.id] = line.number
     return lines
 
 
@@ -185,195 +175,4 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return given
 
 
-# The answers
-
-
-class AnswerFile:
-    """The answers of a job: a line each as soon as it is there, and at the end all in the order of the requests.
-
-    Beside it lies `<name>.job`, with the settings and a digest of each request, so that the next run keeps an answer
-    only where nothing that it depends on has changed. Requests without an answer are tried again.
-
-    kept      places of the requests that were answered before
-    outcomes  place -> outcome, of all that are done
-    """
-
-    def __init__(self, path: Path, requests: Path, settings: dict[str, Any], lines: list[Line]) -> None:
-        self.path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # a link stays one
-        self.job = self.path.parent / f"{self.path.name}.job"
-        self.requests, self.settings, self.lines = requests, settings, lines
-        self.kept: set[int] = set()
-        self.outcomes: dict[int, Outcome] = {}
-        self._stack, self._file = ExitStack(), None
-
-    def __enter__(self) -> AnswerFile:
-        with self._stack as stack, writing(self.path):
-            self._check_place()
-            lock = stack.enter_context(open(self.job, "a", encoding="utf-8"))
-            _lock(lock, self.path)
-            try:
-                self._resume()
-            except Failure:
-                if not os.fstat(lock.fileno()).st_size:
-                    self.job.unlink()
-                raise
-            digests = {json.dumps(line.id): line.digest for line in self.lines if line.request is not None}
-            self._rewrite()
-            draft = stack.enter_context(open(_draft(self.job), "w", encoding="utf-8"))
-            _lock(draft, self.path)  # before it takes the place of the one that is locked
-            draft.write(json.dumps({"settings": self.settings, "requests": digests}))
-            draft.flush()
-            os.replace(draft.name, self.job)
-            self._file = stack.enter_context(open(self.path, "ab"))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with writing(self.path):  # what is in its buffer, and failed before, fails once more
-            self._stack.close()
-
-    def _check_place(self) -> None:
-        if self.path.exists() and not self.path.is_file():
-            raise Failure(Exit.USAGE, f"-o must be a file, got {self.path}, which is a folder or a device; add a name")
-        for path in (self.path, self.job, _draft(self.path), _draft(self.job)):
-            if path.exists() and os.path.exists(self.requests) and path.samefile(self.requests):
-                raise Failure(
-                    Exit.USAGE,
-                    f"-o {self.path} would write over the requests in {path}; choose another file",
-                )
-
-    def add(self, outcome: Outcome) -> None:
-        """One more; `index` is its place."""
-        if outcome.error is not None:
-            note(outcome.error if outcome.id is None else f"{outcome.id}: {outcome.error}")
-        self.outcomes[outcome.index] = outcome
-        with writing(self.path):
-            self._file.write(_line(outcome))
-            self._file.flush()
-
-    def finish(self) -> int:
-        """All in the order of the requests; the exit code."""
-        for place, line in enumerate(self.lines):
-            if place not in self.outcomes:
-                self.add(Outcome(place, line.id, error="was lost with the worker that had it; run the command again"))
-        with writing(self.path):
-            self._rewrite()
-        failed = sum(outcome.error is not None for outcome in self.outcomes.values())
-        note(f"{len(self.outcomes) - failed} answers and {failed} errors in {self.path}")
-        return Exit.MEDIA if failed else Exit.OK
-
-    def _rewrite(self) -> None:
-        _replace(self.path, b"".join(_line(outcome) for _, outcome in sorted(self.outcomes.items())))
-
-    def _resume(self) -> None:
-        """Take over the answers of the last run that still hold."""
-        answers = self._read()
-        settings, digests = self._last()
-        if not answers:
-            return
-        if changed := [key for key in self.settings if self.settings[key] != settings.get(key)]:
-            was = ", ".join(f"{key} {settings.get(key)}" for key in changed)
-            raise Failure(
-                Exit.USAGE,
-                f"-o: {self.path} holds answers with other settings ({was}); pass these, delete it, or choose another "
-                "file",
-            )
-        places = {json.dumps(line.id): place for place, line in enumerate(self.lines) if line.request is not None}
-        if not places.keys() & answers.keys():
-            raise Failure(
-                Exit.USAGE,
-                f"-o: {self.path} holds answers to other requests, of these it has none; delete it, or choose another "
-                "file",
-            )
-        for key, words in answers.items():
-            place = places.get(key)
-            if place is not None and digests.get(key) == self.lines[place].digest:
-                self.kept.add(place)
-                self.outcomes[place] = Outcome(place, self.lines[place].id, words)
-        if dropped := len(answers) - len(self.kept):
-            note(f"{dropped} answers are dropped, as their requests are others now, or gone")
-
-    def _read(self) -> dict[str, str]:
-        """id, as JSON -> answer; of the last run."""
-        answers = {}
-        if not self.path.exists():
-            return answers
-        *lines, rest = self.path.read_bytes().split(b"\n")
-        for number, text in enumerate([*lines, rest], start=1):
-            try:
-                answer = json.loads(text)
-                if answer.keys() == {"id", "answer"} and isinstance(answer["answer"], str):
-                    answers[json.dumps(answer["id"])] = answer["answer"]
-                elif answer.keys() != {"id", "error"}:
-                    raise ValueError(answer)
-            except (ValueError, AttributeError, RecursionError) as error:
-                start = b'{"id": '
-                if number > len(lines) and text[: len(start)] == start[: len(text)]:
-                    break  # cut in its middle, or empty
-                raise Failure(
-                    Exit.USAGE, f"-o: line {number} of {self.path} is no answer; delete it, or choose another file"
-                ) from error
-        return answers
-
-    def _last(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Settings, and digests of the requests, of the last run."""
-        text = self.job.read_bytes()
-        if not text and (not self.path.exists() or not self.path.stat().st_size):
-            return {}, {}
-        try:
-            last = json.loads(text)
-            settings, digests = last["settings"], last["requests"]
-            if not isinstance(settings, dict) or not isinstance(digests, dict):
-                raise TypeError(last)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Failure(
-                Exit.USAGE,
-                f"-o: {self.path.name} cannot be gone on with, as {self.job} does not tell what it answers; delete "
-                "both, or choose another file",
-            ) from error
-        return settings, digests
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Failure(
-            Exit.OUTPUT, f"{path} cannot be written ({error.strerror or error}); free some space, or write elsewhere"
-        ) from error
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    """Two jobs with one file of answers would mix them. Held until the file is closed."""
-    try:
-        import fcntl
-    except ImportError:  # not Unix
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(file.name).st_ino != os.fstat(file.fileno()).st_ino:  # replaced after it was opened
-            raise BlockingIOError
-    except BlockingIOError:
-        raise Failure(Exit.USAGE, f"-o: another `ppllava run` writes {path}; wait, or choose another file") from None
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
-
-
-def _replace(path: Path, text: bytes) -> None:
-    """Write a file whole or not at all."""
-    _draft(path).write_bytes(text)
-    os.replace(_draft(path), path)
-
-
-def _line(outcome: Outcome) -> bytes:
-    try:
-        text = json.dumps(outcome.as_dict(), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair in an id
-        text = json.dumps(outcome.as_dict()).encode()
-    return text + b"\n"
-
-
-__all__ = ["AnswerFile", "JobSpec", "local_engine", "read_requests", "run_job"]
+__all__ = ["JobSpec", "local_engine", "read_requests", "run_job"]

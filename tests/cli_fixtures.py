@@ -1,5 +1,7 @@
 """`ppllava` in a folder of clips and images, for test_cli*.py."""
 
+import copy
+import functools
 import json
 
 import clips
@@ -12,6 +14,16 @@ from ppllava import cli, presets
 
 QUESTION = "What is it?"
 QUICK = ("--preset", "tiny", "--frames", "4", "--max-new-tokens", "4")
+
+
+def random(preset):
+    """What stderr says beside every answer of a preset."""
+    return (
+        f"ppllava: the preset {preset} has random weights: what it answers means nothing; --model takes a trained one\n"
+    )
+
+
+RANDOM = random("tiny")
 
 
 def speak(*texts, pause=lambda: None):
@@ -44,16 +56,21 @@ def files(tmp_path_factory):
     return folder
 
 
+def invoke(*arguments, env=None):
+    """The result of `ppllava` in this process."""
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PPLLAVA_DEBUG": None})
+    return runner.invoke(cli.app, [str(argument) for argument in arguments], env=env)
+
+
+build_model = functools.cache(presets.build_model)
+
+
 @pytest.fixture
 def call(files, monkeypatch):
-    """Runs `ppllava` in that folder."""
+    """Runs `ppllava` in that folder, with copies of presets, whose building takes half of the time of an answer."""
     monkeypatch.chdir(files)
-    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PPLLAVA_DEBUG": None})
-
-    def run(*arguments, env=None):
-        return runner.invoke(cli.app, [str(argument) for argument in arguments], env=env)
-
-    return run
+    monkeypatch.setattr(presets, "build_model", lambda *args, **options: copy.deepcopy(build_model(*args, **options)))
+    return invoke
 
 
 @pytest.fixture
@@ -62,7 +79,8 @@ def ask(call):
 
     def run(*arguments):
         result = call("ask", *arguments, "--json")
-        assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+        preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else None
+        assert (result.exit_code, result.stderr) == (0, random(preset) if preset else ""), result.stderr
         return json.loads(result.stdout)
 
     return run
@@ -74,15 +92,32 @@ def run(call, tmp_path):
     and its result. A request gets what it lacks of an id, the clip a.mp4 and a question."""
 
     def answer(requests, *arguments, out=tmp_path / "answers.jsonl", options=QUICK):
-        if isinstance(requests, list):
-            path = tmp_path / "requests.jsonl"
-            path.write_bytes(b"\n".join(request_line(given, n) for n, given in enumerate(requests)))
-            requests = path
-        result = call("run", requests, "-o", out, *options, *arguments)
-        complete = result.exit_code in (0, 3)
-        return [json.loads(line) for line in out.read_bytes().splitlines()] if complete else [], result
+        return answer_all(tmp_path, requests, out, *options, *arguments)
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def run_once(files, tmp_path_factory):
+    """As `run`, for tests that look at one job together."""
+
+    def answer(requests):
+        folder = tmp_path_factory.mktemp("job")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(files)
+            return answer_all(folder, requests, folder / "answers.jsonl", *QUICK)
+
+    return answer
+
+
+def answer_all(folder, requests, out, *arguments):
+    if isinstance(requests, list):
+        path = folder / "requests.jsonl"
+        path.write_bytes(b"\n".join(request_line(given, n) for n, given in enumerate(requests)))
+        requests = path
+    result = invoke("run", requests, "-o", out, *arguments)
+    complete = result.exit_code in (0, 3)
+    return [json.loads(line) for line in out.read_bytes().splitlines()] if complete else [], result
 
 
 def request_line(given, number):

@@ -83,7 +83,7 @@ def test_each_fails_alone(made, folder):
         (ask(folder / "none.png"), "there is no such image"),
         (ask(folder / "0.mp4", frames=5, fps=1.0), "frames and fps exclude each other"),
         (ask(folder / "0.mp4", colour="red"), "unknown keys colour"),
-        ({"id": 7}, "prompt must ask something, got none"),
+        ({"id": 7}, "prompt must be text, got none"),
         ("nonsense", "a request must be an object"),
         (ask(folder / "0.mp4", frames=4, max_new_tokens=100_000), "must fit into the 2048 of the model"),
         (ask(folder / "0.mp4", "Why? " * 3000, frames=4), "must fit into the 2048 of the model"),

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import clips
 import numpy as np
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, ask, call, files, saved, speak
+from cli_fixtures import QUESTION, QUICK, RANDOM, ask, call, files, saved, speak
 from PIL import Image
 
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, asking, cli, presets
@@ -40,7 +41,7 @@ def video(path, frames=4):
 
 def test_the_answer_is_that_of_the_python_interface(call, files):
     result = call("ask", "a.mp4", QUESTION, *QUICK)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, RANDOM)
     assert result.stdout.strip() == expected([video(files / "a.mp4")])
 
 
@@ -177,7 +178,9 @@ def test_the_answer_streams(call, monkeypatch):
     monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", generate)
     result = call("ask", "a.mp4", QUESTION, *QUICK)
     assert result.stdout == "A cat. Ça va?\n"
-    assert list(dict.fromkeys(seen)) == ["", "A ", "A cat. ", "A cat. Ça "]
+    # Word by word; since transformers 5.24 letter by letter, but never half of one.
+    assert {"A ", "A cat. ", "A cat. Ça "} <= set(seen)
+    assert all("A cat. Ça va?".startswith(text) for text in seen)
 
 
 def test_damaged_files_and_long_questions_are_noted(call, files, tmp_path):
@@ -191,7 +194,7 @@ def test_damaged_files_and_long_questions_are_noted(call, files, tmp_path):
         r"ppllava: guide_text of \d+ tokens is longer than the 248 of the guide: .*; pass a shorter guide_text",
         notes[1],
     )
-    assert len(notes) == 2
+    assert notes[2:] == [RANDOM.rstrip()]
 
 
 # Relevance
@@ -202,7 +205,7 @@ def draw(call, *arguments):
     result = call("ask", *arguments, "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert result.stderr.splitlines() == [f"ppllava: wrote {path}" for path in answer["relevance"]]
+    assert result.stderr == RANDOM + "".join(f"ppllava: wrote {path}\n" for path in answer["relevance"])
     return answer
 
 
@@ -230,9 +233,12 @@ def test_relevance_as_a_clip(call, files, tmp_path):
     frames = reader.get_frames(range(6))
     assert frames.shape == clip.frames.shape
     relevance = relevance_map({"type": "video", "video": clip})  # [6, 6, 6]
-    frame, row, column = np.unravel_index(frames[..., 0].argmax(), frames.shape[:3])
-    brightest = relevance[frame, row * 6 // 64, column * 6 // 96]
-    assert brightest > 0.8 * relevance.max()
+    magenta = frames[..., [0, 2]].mean(-1) - frames[..., 1]  # [6, 64, 96]; the noise of the clip has none on average
+    patches = [np.asarray(Image.fromarray(x.astype(np.float32)).resize((6, 6), Image.Resampling.BOX)) for x in magenta]
+    assert relevance.flat[np.argmax(patches)] > 0.8 * relevance.max()
+    with av.open(str(path)) as container:
+        assert container.metadata["title"] == "b.mp4: \u201cWhat is it?\u201d"
+        assert container.metadata["comment"].endswith("The preset tiny has random weights: this map means nothing.")
 
 
 def test_relevance_as_a_sheet(call, tmp_path):
@@ -248,12 +254,30 @@ def test_relevance_of_several_files(call, tmp_path, monkeypatch):
     monkeypatch.setattr("ppllava.relevance.save_png", lambda *arguments: sheets.append(arguments))
     answer = draw(call, "i.png", "a.mp4", "j.jpg", QUESTION, *QUICK, "--relevance", tmp_path / "out.png")
     assert answer["relevance"] == [str(tmp_path / f"out-{number}.png") for number in (1, 2, 3)]
-    paths, frames, times, titles = zip(*sheets)
+    paths, frames, times, titles, ends, remarks = zip(*sheets)
     assert [str(path) for path in paths] == answer["relevance"]
     assert [np.shape(x) for x in frames] == [(1, 60, 80, 3), (4, 48, 64, 3), (1, 90, 40, 3)]
     assert times[0] is times[2] is None
     assert times[1].tolist() == answer["media"][1]["timestamps"]
-    assert titles == ("i.png: What is it?", "a.mp4: What is it?", "j.jpg: What is it?")
+    assert titles == tuple(f"{name}: \u201cWhat is it?\u201d" for name in ("i.png", "a.mp4", "j.jpg"))
+    assert ends[0] == ends[2] != ends[1]
+    scales = ["these 2 images", "this clip", "these 2 images"]
+    assert [re.search("of (.*?) \\(full", own)[1] for own, _ in remarks] == scales
+    assert {last for _, last in remarks} == {"The preset tiny has random weights: this map means nothing."}
+
+
+def test_relevance_has_each_frame_once(call, files, tmp_path, monkeypatch, saved):
+    sheets = []
+    monkeypatch.setattr("ppllava.relevance.save_png", lambda *arguments: sheets.append(arguments))
+    options = ("--max-new-tokens", 1, "--frames", 20, "--relevance", tmp_path / "out.png")
+    assert call("ask", "g.gif", QUESTION, "--model", saved, *options).exit_code == 0
+    [(_, frames, times, _, _, remarks)] = sheets
+    clip = read_video(files / "g.gif", 20)
+    assert len(clip.frames) == 20
+    known = sorted(set(clip.timestamps.tolist()))
+    assert (times.tolist(), len(frames)) == (known, len(known))
+    assert len(known) <= 12
+    assert len(remarks) == 1  # its weights are those of a folder
 
 
 def test_relevance_of_one_image_is_that_of_its_whole_view(call, files, tmp_path, monkeypatch):
@@ -308,8 +332,8 @@ def start(files, *command):
 
 def test_as_a_program(files):
     program = start(files, "-m", "ppllava_command", "ask", "a.mp4", QUESTION, *QUICK, "--json")
-    out, err = program.communicate(timeout=120)
-    assert (program.returncode, err) == (0, "")
+    out, err = program.communicate(timeout=240)
+    assert (program.returncode, err) == (0, RANDOM)
     assert json.loads(out)["answer"] == expected([video(files / "a.mp4")])
 
 
@@ -340,5 +364,5 @@ def test_the_answer_is_cut_off(files, end, code, text):
     program = start(files, "-c", SLOW, "ask", "a.mp4", QUESTION, *QUICK)
     assert program.stdout.read(5) == "Wait "
     end(program)
-    program.wait(timeout=60)
-    assert (program.returncode, program.stderr.read()) == (code, text)
+    program.wait(timeout=240)
+    assert (program.returncode, program.stderr.read()) == (code, RANDOM + text)

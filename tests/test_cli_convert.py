@@ -1,9 +1,8 @@
 """From the original's folders to answers, on the command line: convert, load, ask."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,14 +38,13 @@ def save_tokenizer(folder, words, image=None):
 
 @pytest.fixture(scope="module", params=["model", "model_qwen"])
 def converted(request, tmp_path_factory):
-    """(case, folder) as `python -m ppllava convert` writes it."""
+    """(case, folder) as `ppllava convert` writes it."""
     case, root = request.param, tmp_path_factory.mktemp("converted")
     words = save_tokenizer(root / "words", *SIZES[case])
     guide = save_tokenizer(root / "guide", GUIDE_WORDS[case])
     command = ["convert", GOLDEN / case / "hf", root / "model", "--tokenizer", words, "--guide-tokenizer", guide]
-    run = subprocess.run([sys.executable, "-m", "ppllava_command", *map(str, command)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    run = CliRunner().invoke(app, list(map(str, command)))
+    assert (run.exit_code, run.stderr) == (0, "")
     assert "written" in run.stdout
     return case, root / "model"
 
@@ -101,3 +99,14 @@ def test_tokenizers_of_another_model(tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         convert_checkpoint(GOLDEN / "model_qwen" / "hf", tmp_path / "model", tokenizer=words, guide_tokenizer=guide)
+
+
+def test_the_folder_has_the_mode_that_the_umask_leaves(tmp_path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it is the process's: between two calls another thread has no umask
+        convert_checkpoint(GOLDEN / "model" / "hf", tmp_path / "model")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750

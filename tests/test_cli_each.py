@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_fixtures import QUESTION, QUICK, ask, call, files, saved, speak
+from cli_fixtures import QUESTION, QUICK, ask, call, files, random, saved, speak
 
-from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, PPLlavaProcessor, cli
+from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, PPLlavaProcessor, asking
 
 MEDIA = ("a.mp4", "i.png", "b.mp4", "j.jpg")
 
@@ -46,7 +46,7 @@ def test_the_batch_answers_as_each_file_alone(ask, ask_each, call, preset):
     assert all(answer["timings"] == answers[0]["timings"] for answer in answers)
     result = call("ask", *MEDIA, QUESTION, *options, "--frames", 4, "--each")
     lines = [f"{name}: {' '.join(answer['answer'].splitlines())}\n" for name, answer in zip(MEDIA, singles)]
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "".join(lines), "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "".join(lines), random(preset))
 
 
 def test_it_is_one_batch(ask_each, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_longest_prompt_decides(call, ask, monkeypatch):
     length, visual = longest["prompt_tokens"], longest["media"][0]["visual_tokens"]
     assert length > ask("a.mp4", QUESTION, *QUICK)["prompt_tokens"]
     fits = 2048 - length
-    monkeypatch.setattr(cli, "load_model", None)  # not reached
+    monkeypatch.setattr(asking, "load_model", None)  # not reached
     options = ("--preset", "tiny", "--frames", 4, "--max-new-tokens", fits + 1)
     result = call("ask", "a.mp4", "i.png", "b.mp4", QUESTION, *options, "--each")
     assert (result.exit_code, result.stdout, result.stderr) == (
@@ -147,7 +147,7 @@ def test_the_longest_prompt_decides(call, ask, monkeypatch):
 
 
 def test_a_file_that_cannot_be_read_ends_it(call, files, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", None)  # not reached
+    monkeypatch.setattr(asking, "load_model", None)  # not reached
     result = call("ask", "a.mp4", "none.mp4", QUESTION, *QUICK, "--each")
     text = f"ppllava: none.mp4: there is no such file; check the path, relative ones start at {files}\n"
     assert (result.exit_code, result.stdout, result.stderr) == (3, "", text)

@@ -1,7 +1,6 @@
 """`ppllava`: each exit code, and the sentence that comes with it."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -10,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, call, files, saved
+from cli_fixtures import QUESTION, QUICK, RANDOM, call, files, run, saved
 
-from ppllava import PPLlavaForConditionalGeneration, cli, presets
+import ppllava_command
+from ppllava import PPLlavaForConditionalGeneration, asking, presets, turns
 
 
 def failure(result):
@@ -123,7 +123,7 @@ def failure(result):
     ],
 )
 def test_wrong_usage(call, monkeypatch, arguments, text):
-    monkeypatch.setattr(cli, "load_model", None)  # not reached
+    monkeypatch.setattr(asking, "load_model", None)  # not reached
     assert failure(call("ask", *arguments)) == (2, text)
 
 
@@ -133,7 +133,7 @@ def test_wrong_usage(call, monkeypatch, arguments, text):
 )
 @pytest.mark.parametrize("more", [1, 10**30])
 def test_numbers_are_bounded(call, monkeypatch, option, most, more):
-    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    monkeypatch.setattr(asking, "load_processor", None)  # not reached
     code, text = failure(call("ask", "a.mp4", QUESTION, "--preset", "tiny", option, most + more))
     assert code == 2
     assert text.startswith(f"Invalid value for '{option}': ")
@@ -151,7 +151,7 @@ def test_numbers_are_bounded(call, monkeypatch, option, most, more):
     ],
 )
 def test_relevance_spares_its_input(call, files, monkeypatch, media, given, target):
-    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    monkeypatch.setattr(asking, "load_processor", None)  # not reached
     for number in (1, 2):
         shutil.copy(files / "a.mp4", files / f"out-{number}.mp4")
     (files / "link.mp4").unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def test_relevance_spares_its_input(call, files, monkeypatch, media, given, targ
 
 
 def test_relevance_that_cannot_be_written(call, files, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_processor", None)  # not reached
+    monkeypatch.setattr(asking, "load_processor", None)  # not reached
     for name in ("folder.png", "folder-2.png"):
         (tmp_path / name).mkdir()
     os.mkfifo(tmp_path / "pipe.png")
@@ -279,8 +279,29 @@ def test_models_that_cannot_answer(call, saved, tmp_path, name, text, reason):
     assert re.match(f"the model in '{folder}' cannot ({cannot}){re.escape(reason)}", text)
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end(call, run, saved, tmp_path, monkeypatch):
+    """`ask` renders it once, `run` before all requests and for each."""
+    monkeypatch.setattr(turns, "SECONDS", 0.2)
+    folder = shutil.copytree(saved, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    text = "its chat template fails (it has not ended after 0.2 s); convert the model again"
+    (folder / "chat_template.jinja").write_text(LOOP + template)
+    sentence = f"the model in '{folder}' cannot be loaded: {text}"
+    assert failure(call("ask", "a.mp4", QUESTION, "--frames", 4, "--model", folder)) == (4, sentence)
+    assert run([{}], options=("--model", folder))[1].exit_code == 4
+    about = "{% if messages[0]['content'][-1]['text'] == 'Loop?' %}" + LOOP + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(about + template)
+    options = ("--model", folder, "--frames", 4, "--max-new-tokens", 2)
+    answers, _ = run([{}, {"prompt": "Loop?"}, {"prompt": "Why?"}], options=options)
+    assert [[*answer][1] for answer in answers] == ["answer", "error", "answer"]
+    assert answers[1]["error"] == "it has not ended after 0.2 s"
+
+
 def test_long_videos_are_not_decoded_in_vain(call, monkeypatch):
-    monkeypatch.setattr(cli, "read", None)  # not reached
+    monkeypatch.setattr(asking, "read", None)  # not reached
     what = "tokens of videos alone, and with question and answer it must fit into the 2048 of the model"
     for arguments, text in (
         (["a.mp4", QUESTION], f"the prompt has 4096 {what}; pass fewer --frames, fewer files or --tokens"),
@@ -326,7 +347,7 @@ def test_out_of_memory(call, monkeypatch, where, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, where, fail)
+    monkeypatch.setattr(asking, where, fail)
     assert failure(call("ask", "a.mp4", QUESTION, *QUICK)) == (
         6,
         f"out of memory ({error}); pass fewer files, --frames or --tokens, --dtype bfloat16, or another --device",
@@ -338,14 +359,15 @@ def test_interrupted(call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PPLlavaForConditionalGeneration, "generate", fail)
-    assert failure(call("ask", "a.mp4", QUESTION, *QUICK)) == (130, "interrupted")
+    result = call("ask", "a.mp4", QUESTION, *QUICK)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", f"{RANDOM}ppllava: interrupted\n")
 
 
 def test_bugs_say_so_and_debug_shows_where(call, monkeypatch):
     def fail(*_):
         raise KeyError("oops")
 
-    monkeypatch.setattr(cli, "encode", fail)
+    monkeypatch.setattr(asking, "encode", fail)
     text = "this should not happen, please report it: KeyError: 'oops'; PPLLAVA_DEBUG=1 shows where"
     assert failure(call("ask", "a.mp4", QUESTION, *QUICK)) == (1, text)
     shown = call("ask", "a.mp4", QUESTION, *QUICK, env={"PPLLAVA_DEBUG": "1"})
@@ -368,12 +390,11 @@ def test_convert_fails(call, monkeypatch, error):
 
 def test_without_typer(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
-    spec = importlib.util.spec_from_file_location("ppllava.cli_alone", cli.__file__)
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
+    monkeypatch.delitem(sys.modules, "ppllava.cli", raising=False)
     with pytest.raises(SystemExit) as ended:
-        alone.main()
+        ppllava_command.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "ppllava: the command line needs typer, which is missing; pip install 'ppllava-kernels[cli]'\n"
+        'ppllava: the command line needs typer, which is missing; run pip install --no-build-isolation ".[cli]" in the '
+        "folder of the sources\n"
     )

@@ -21,6 +21,11 @@ def noise(frames, height, width):
     return np.random.default_rng(1).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
+def magenta(drawn):
+    """How far pixels [..., 3] are from grey towards the color of the peak, which is cyan's opposite on the scale."""
+    return drawn[..., [0, 2]].mean(-1) - drawn[..., 1]
+
+
 def test_the_formula():
     r = softmax_map(3)
     median, peak = float(np.median(r.astype(np.float64))), float(r.max())
@@ -51,7 +56,7 @@ def test_three_decades_below_the_peak_is_nothing():
 def test_a_constant_map_colors_nothing(value):
     frames = noise(2, 12, 16)
     drawn = relevance.draw(frames, np.full((2, 3, 4), value, dtype=np.float32))
-    np.testing.assert_array_equal(drawn, np.rint(0.6 * frames).astype(np.uint8))
+    np.testing.assert_array_equal(drawn, frames)
 
 
 def test_a_flat_map_stays_faint():
@@ -76,7 +81,7 @@ def test_the_brightest_spot_is_the_peak(brightness):
     drawn = relevance.draw(np.full((4, 60, 80, 3), brightness, dtype=np.uint8), r)
     assert drawn.shape == (4, 60, 80, 3)
     assert drawn.dtype == np.uint8
-    frame, row, column = np.unravel_index(drawn[..., 0].argmax(), drawn.shape[:3])
+    frame, row, column = np.unravel_index(magenta(drawn).argmax(), drawn.shape[:3])
     assert (frame, row // 10, column // 10) == (2, 1, 5)
 
 
@@ -140,6 +145,61 @@ def test_contact_sheet_of_images_of_different_sizes(tmp_path):
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """What `save_png` would write."""
+    kept = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: kept.append(figure))
+    return kept
+
+
+def test_the_sheet_explains_itself(figures):
+    frames, times = noise(5, 30, 40), [0, 1 / 8, 1 / 3, 10.5, 100]
+    relevance.save_png("sheet.png", frames, times, "a.mp4: “What?”", (0.8, 41.5), ["Color: ...", "Random: nothing."])
+    [figure] = figures
+    *cells, bar = figure.axes
+    assert [axes.get_title() for axes in cells] == ["0 s", "0.125 s", "0.333 s", "10.5 s", "100 s"]
+    assert [text.get_text() for text in figure.texts] == ["a.mp4: “What?”", "Color: ...\nRandom: nothing."]
+    assert bar.get_xlabel() == "relevance, x the mean patch"
+    ticks = {label.get_text(): place for label, place in zip(bar.get_xticklabels(), bar.get_xticks())}
+    assert [*ticks] == ["0.8", "2", "5", "10", "20", "42"]
+    for text, place in ticks.items():
+        assert place == pytest.approx(np.log(float(text) / 0.8) / np.log(41.5 / 0.8), abs=0.01)
+    [[*colors]] = bar.images[0].get_array()  # [256, 3]
+    assert colors[0].tolist() == [128, 128, 128]
+    assert colors[-1].tolist() == [223, 32, 223]  # magenta at 75 %
+
+
+def test_a_bar_for_a_map_of_any_height(figures):
+    for ends in ((1.0, 2.0), (1e-3, 18_432.0), (0.5, 1.2)):
+        relevance.save_png("sheet.png", noise(1, 90, 30), None, "", ends)
+        _, bar = figures.pop().axes
+        texts = [label.get_text() for label in bar.get_xticklabels()]
+        assert 2 <= len(texts) == len(set(texts)) <= 10
+    relevance.save_png("sheet.png", noise(1, 90, 30), None, "", (0.0, 0.0))  # of a map of zeros
+    assert len(figures.pop().axes) == 1
+
+
+def test_what_the_ends_of_the_bar_stand_for():
+    r = np.full((2, 5, 5), 1.0)
+    r[0, 0, 0] = 51
+    assert relevance.span(r) == (0.5, 25.5)
+    assert relevance.span(np.ones((1, 4, 4))) == (1, 2)  # as `intensity`, which colors nothing then
+    assert relevance.span(np.zeros((1, 4, 4))) == (0, 0)
+
+
+def test_the_sheet_has_room_for_its_words(tmp_path):
+    words = ["Color: how relevant a patch is to the question, from the median patch to the most relevant one. " * 2]
+    for size in ((100, 1000), (1000, 100), (30, 40)):
+        path = tmp_path / "sheet.png"
+        frames = np.full((1, *size, 3), 200, dtype=np.uint8)
+        relevance.save_png(path, frames, [0.5], "What?", (0.8, 41.5), words)
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)  # [y, x, 3]
+        assert 450 <= pixels.shape[1] <= 1600
+        assert (pixels[:, [0, -1]] == 255).all(where=(pixels[:, [0, -1]] != 200))  # no word is cut at the sides
+        assert magenta(pixels).max() > 150
+
+
 @pytest.mark.parametrize("size", [(48, 64), (47, 63)])
 def test_mp4_decodes_back(tmp_path, size):
     path = tmp_path / "clip.mp4"
@@ -152,7 +212,7 @@ def test_mp4_decodes_back(tmp_path, size):
     assert reader.fps == pytest.approx(2.5)
     frames = reader.get_frames(range(7))
     assert frames.shape == (7, 48, 64, 3)
-    frame, row, column = np.unravel_index(frames[..., 0].argmax(), frames.shape[:3])
+    frame, row, column = np.unravel_index(magenta(frames).argmax(), frames.shape[:3])
     assert (frame, row // 8, column // 8) == (4, 3, 2)
     np.testing.assert_allclose(frames[:, : size[0], : size[1]].mean(), drawn.mean(), atol=3)
 

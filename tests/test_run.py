@@ -3,33 +3,45 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import clips
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, call, files, run
+from cli_fixtures import QUESTION, QUICK, answer_all, call, files, run
 
 import ppllava
 from ppllava import PPLlavaForConditionalGeneration, PPLlavaModel, console, presets, running
 
+ROOT = Path(__file__).parent.parent
+# Imports once, and then runs each job in a child, which gets a signal after so many outcomes.
 KILLED = """
-import os, sys
-from ppllava import cli, running
+import json, os, sys
+from ppllava import asking, cli, running
 
 engine = running.local_engine
-count, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 
-def until(*arguments):
-    for n, outcome in enumerate(engine(*arguments), start=1):
-        yield outcome
-        if n == count:
-            os.kill(os.getpid(), number)
+def until(count, number):
+    def outcomes(*arguments):
+        for n, outcome in enumerate(engine(*arguments), start=1):
+            yield outcome
+            if n == count:
+                os.kill(os.getpid(), number)
+    return outcomes
 
-running.local_engine = until
-cli.main()
+for line in sys.stdin:
+    count, number, said, *arguments = json.loads(line)
+    if not (child := os.fork()):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        running.local_engine = until(count, number)
+        sys.argv[1:] = arguments
+        cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -69,13 +81,21 @@ def fifty(tmp_path_factory):
 FIFTY = ("--preset", "tiny", "--max-new-tokens", "8")
 
 
+@pytest.fixture(scope="module")
+def once(fifty):
+    """The file of answers of one run."""
+    path = fifty / "whole.jsonl"
+    answers, result = answer_all(fifty, fifty / "requests.jsonl", path, *FIFTY)
+    assert (result.exit_code, len(answers)) == (3, 50)
+    return path
+
+
 @pytest.fixture
-def whole(run, fifty, tmp_path):
-    """What the file of answers holds after one run."""
-    path = tmp_path / "whole.jsonl"
-    _, result = run(fifty / "requests.jsonl", out=path, options=FIFTY)
-    assert result.exit_code == 3
-    return path.read_bytes()
+def whole(once, tmp_path):
+    """What it holds. A copy of it, and of what lies beside it, is in the folder of the test."""
+    for path in (once, once.with_name("whole.jsonl.job")):
+        shutil.copy(path, tmp_path)
+    return once.read_bytes()
 
 
 def test_fifty_clips_with_three_broken(whole, fifty):
@@ -89,32 +109,41 @@ def test_fifty_clips_with_three_broken(whole, fifty):
     assert sum("answer" in answer for answer in answers) == 47
 
 
-def interrupted(fifty, out, count, number):
-    """(exit code, stderr, lines of answers) of a run that gets a signal after `count` outcomes."""
-    command = [sys.executable, "-c", KILLED, str(count), str(number)]
-    command += ["run", str(fifty / "requests.jsonl"), "-o", str(out), *FIFTY]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return result.returncode, result.stderr, out.read_bytes().splitlines()
+@pytest.fixture(scope="module")
+def interrupted(fifty):
+    """name -> the parts of a job that signals cut: (exit code, stderr, what the file of answers holds) of each, and the
+    file, as the last one left it."""
+    cuts = {"killed": [(11, signal.SIGKILL), (16, signal.SIGKILL)], "stopped": [(9, signal.SIGINT)]}
+    command, pipe = [sys.executable, "-c", KILLED], subprocess.PIPE
+    kept = {}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as driver:
+        for name, signals in cuts.items():
+            out, said = fifty / f"{name}.jsonl", fifty / f"{name}.txt"
+            parts = []
+            for count, number in signals:
+                job = ["run", str(fifty / "requests.jsonl"), "-o", str(out), *FIFTY]
+                print(json.dumps([count, int(number), str(said), *job]), file=driver.stdin, flush=True)
+                parts.append((int(driver.stdout.readline()), said.read_text(), out.read_bytes()))
+            kept[name] = parts, out
+    return kept
 
 
-def test_killed_twice(run, fifty, whole, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    for count in (11, 16):
-        code, _, lines = interrupted(fifty, out, count, signal.SIGKILL)
+def test_killed_twice(run, fifty, whole, interrupted):
+    parts, out = interrupted["killed"]
+    for code, _, left in parts:
         assert code == -signal.SIGKILL
-        assert 0 < len(lines) < 50
-        assert out.read_bytes() != whole
+        assert 0 < left.count(b"\n") < 50
+        assert left != whole
     _, result = run(fifty / "requests.jsonl", out=out, options=FIFTY)
     assert result.exit_code == 3
     assert result.stderr.splitlines()[-1] == f"ppllava: 47 answers and 3 errors in {out}"
     assert out.read_bytes() == whole
-    assert sorted(path.name for path in tmp_path.glob("answers.*")) == ["answers.jsonl", "answers.jsonl.job"]
+    assert sorted(path.name for path in fifty.glob("killed.*")) == ["killed.jsonl", "killed.jsonl.job", "killed.txt"]
 
 
-def test_interrupted(run, fifty, whole, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    code, said, lines = interrupted(fifty, out, 9, signal.SIGINT)
-    assert (code, len(lines)) == (130, 9)
+def test_interrupted(run, fifty, whole, interrupted):
+    [(code, said, left)], out = interrupted["stopped"]
+    assert (code, left.count(b"\n")) == (130, 9)
     text = f"interrupted; 9 of 50 requests are done, their answers in {out}; the same command goes on from there"
     assert said.splitlines()[-1] == f"ppllava: {text}"
     _, result = run(fifty / "requests.jsonl", out=out, options=FIFTY)
@@ -290,7 +319,7 @@ def test_compiled_answers_are_the_same(run, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may multiply in fp8; tests/test_fp8.py has that")
 def test_fp8_is_refused_where_it_cannot_run(run, tmp_path):
-    pytest.importorskip("torchao", reason="needs torchao; pip install 'ppllava-kernels[fp8]' runs this test")
+    pytest.importorskip("torchao", reason="needs torchao; pip install --no-build-isolation '.[fp8]' runs this test")
     _, result = run([{}], "--fp8")
     assert result.exit_code == 4
     assert "--fp8: fp8 needs the model on a CUDA GPU" in result.stderr
@@ -304,9 +333,51 @@ def test_blank_lines_a_mark_and_other_ends_of_lines(run):
 
 def test_progress(run):
     _, result = run([{"prompt": f"What is {n}?"} for n in range(20)])
-    done = [line for line in result.stderr.splitlines() if line.endswith("requests are done")]
-    assert done == [f"ppllava: {n} of 20 requests are done" for n in range(2, 21, 2)]
+    done = [line for line in result.stderr.splitlines() if " of 20 requests" in line]
+    assert [line.partition(",")[0] for line in done] == [f"ppllava: {n} of 20 requests" for n in range(2, 21, 2)]
+    assert all(re.fullmatch(r"[^,]+, [\d.,]+ an? (minute|hour), \d+ s left", line) for line in done[:-1])
+    assert re.fullmatch(r"[^,]+, [\d.,]+ an? (minute|hour)", done[-1])
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "seconds", "total", "said"),
+    [
+        (
+            0,
+            60,
+            200,
+            ["20 of 200 requests, 20.0 a minute, 9 min left", "40 of 200 requests, 20.0 a minute, 8 min left"],
+        ),
+        (80, 1200, 200, ["100 of 200 requests, 1.0 a minute, 1.7 h left"]),
+        (0, 6000, 200, ["20 of 200 requests, 12.0 an hour, 15.0 h left"]),
+        (0, 1, 200, ["20 of 200 requests, 1,200 a minute, 9 s left"]),
+        (180, 60, 200, ["200 of 200 requests, 20.0 a minute"]),
+    ],
+)
+def test_rate_and_time_left(monkeypatch, capsys, before, seconds, total, said):
+    """Twenty more requests every so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(console._Pace, "now", lambda self: now[0])
+    monkeypatch.setattr(console, "OFTEN", 1e9)
+    with console.progress(total, before) as advance:
+        for _ in said:
+            now[0] += seconds
+            for _ in range(20):
+                advance(1)
+    assert capsys.readouterr().err == "".join(f"ppllava: {line}\n" for line in said)
+
+
+def test_long_jobs_say_something_between_the_tenths(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console._Pace, "now", lambda self: now[0])
+    with console.progress(100_000) as advance:
+        for _ in range(100):
+            now[0] += 10
+            advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ppllava: 31 of 100000 requests, 6.0 a minute, 277.7 h left"
+    assert len(lines) == 3
 
 
 def test_a_bar_where_someone_watches(monkeypatch, capsys):
@@ -314,6 +385,7 @@ def test_a_bar_where_someone_watches(monkeypatch, capsys):
     stderr.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
     with console.progress(5) as advance:
         advance(2)
         console.note("a.mp4: is cut short")
@@ -321,7 +393,8 @@ def test_a_bar_where_someone_watches(monkeypatch, capsys):
     said = stderr.getvalue()
     assert "ppllava: a.mp4: is cut short\n" in said
     assert "5/5" in said
-    assert "requests are done" not in said
+    assert " a minute" in said
+    assert " of 5 requests" not in said
 
 
 def test_help(call):

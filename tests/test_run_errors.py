@@ -6,12 +6,13 @@ import json
 import os
 import resource
 import shutil
+import stat
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_fixtures import QUESTION, QUICK, call, files, run
+from cli_fixtures import QUESTION, QUICK, RANDOM, call, files, run, run_once
 
 from ppllava import PPLlavaForConditionalGeneration, running
 
@@ -25,121 +26,157 @@ def failure(result):
 # Requests
 
 KEYS = "id, prompt, video, image, images, frames, fps, start, end, max_new_tokens"
-NO_OBJECT = "line 2: must be one JSON object, and is none "
+NO_OBJECT = "must be one JSON object, and is none "
 
 
-@pytest.mark.parametrize(
-    ("line", "name", "text"),
-    [
-        ('{"id": 1', None, f"{NO_OBJECT}(Expecting ',' delimiter at column 9)"),
-        ("{'id': 1}", None, f"{NO_OBJECT}(Expecting property name enclosed in double quotes at column 2)"),
-        ('{"id": 1} {"id": 2}', None, f"{NO_OBJECT}(Extra data at column 11)"),
-        ("[1]", None, "line 2: a request must be an object with id, prompt and video, got [1]"),
-        ("null", None, "line 2: a request must be an object with id, prompt and video, got none"),
-        (
-            b'{"id": "\xff"}',
-            None,
-            f"{NO_OBJECT}('utf-8' codec can't decode byte 0xff in position 8: invalid start byte)",
-        ),
-        (b'\xef\xbb\xbf{"id": 1}', None, f"{NO_OBJECT}(Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1)"),
-        (b"\x00\x01\x02", None, f"{NO_OBJECT}(Expecting value at column 1)"),
-        ("[" * 100_000, None, f"{NO_OBJECT}(maximum recursion depth exceeded"),
-        ('{"id": ' + "9" * 5000 + "}", None, f"{NO_OBJECT}(Exceeds the limit (4300 digits) for integer string conv"),
-        ('{"id": 1, "id": 2}', None, "line 2: a key stands there twice, of id, id; leave one out"),
-        ({"id": "r0"}, "r0", "line 2: id 'r0' is that of line 1; give each its own"),
-        ({"id": None}, None, "line 2: id must be text or a whole number, got none; every answer carries it"),
-        ('{"prompt": "?", "video": "a.mp4"}', None, "line 2: id must be text or a whole number, got none; every"),
-        ({"id": ""}, "", 'line 2: id must be text or a whole number, got ""; every answer carries it'),
-        ({"id": True}, None, "line 2: id must be text or a whole number, got true; every answer carries it"),
-        ({"id": 1.0}, None, "line 2: id must be text or a whole number, got 1.0; every answer carries it"),
-        ({"prompt": " "}, "r1", 'line 2: prompt must ask something, got " "; it guides the compression, too'),
-        ({"prompt": ["a"]}, "r1", 'line 2: prompt must ask something, got ["a"]; it guides the compression, too'),
-        ({"prompt": "a\ud800"}, "r1", "line 2: prompt must be valid text, got "),
-        ({"prompt": "<video>?"}, "r1", "line 2: prompt must not hold <video>, which stands for a file; leave it out"),
-        (
-            '{"id": 1, "prompt": "?"}',
-            1,
-            "line 2: exactly one of video, image and images must be given, got none; ask about one of them",
-        ),
-        (
-            {"video": "a.mp4", "image": "i.png"},
-            "r1",
-            "line 2: exactly one of video, image and images must be given, got video and image; ask about one of them",
-        ),
-        ({"question": "?"}, "r1", f"line 2: unknown keys question; a request has {KEYS}"),
-        ({"x": {"y": float("nan")}}, "r1", f"line 2: unknown keys x; a request has {KEYS}"),
-        ({"frames": 2, "fps": 1}, "r1", "line 2: frames and fps exclude each other, got both; leave one out"),
-        ({"start": 2, "end": 1}, "r1", "line 2: end must not be before start, got 1 and 2"),
-        ({"image": "i.png", "frames": 2}, "r1", "line 2: frames is for videos, got image; leave it out"),
-        ({"images": []}, "r1", "line 2: images must be a list of at least one image, got []"),
-        ({"images": "i.png"}, "r1", 'line 2: images must be a list of at least one image, got "i.png"'),
-        ({"images": ["i.png", 1]}, "r1", "line 2: images must be the path of a file, got 1"),
-        ({"image": ["i.png"]}, "r1", 'line 2: image must be the path of a file, got ["i.png"]'),
-        ({"video": ["a.mp4", "b.mp4"]}, "r1", 'line 2: video must be the path of a file, got ["a.mp4", "b.mp4"]'),
-        ({"video": ""}, "r1", 'line 2: video must be the path of a file, got ""'),
-        ({"video": 7}, "r1", "line 2: video must be the path of a file, got 7"),
-        (
-            {"video": "https://a.b/c.mp4"},
-            "r1",
-            'line 2: video must be the path of a file, got "https://a.b/c.mp4"; download it first',
-        ),
-        *[
-            ({"frames": value}, "r1", f"line 2: frames must be a whole number in 1 ... 1048576, got {shown}")
-            for value, shown in (("8", '"8"'), (2.0, "2.0"), (0, "0"), (-1, "-1"), (True, "true"), (2**63, str(2**63)))
-        ],
-        ({"max_new_tokens": 10**400}, "r1", "line 2: max_new_tokens must be a whole number in 1 ... 1048576, got 100"),
-        *[
-            ({"fps": value}, "r1", f"line 2: fps must be a number of more than 0 and less than 1e+09, got {shown}")
-            for value, shown in (("1", '"1"'), (0, "0"), (-1, "-1"), (float("nan"), "NaN"), (10**400, "1000"))
-        ],
-        ('{"id": 1, "prompt": "?", "video": "a.mp4", "start": 1e999}', 1, "line 2: start must be a number of at least"),
-        ({"end": float("-inf")}, "r1", "line 2: end must be a number of at least 0 and less than 1e+09, got -Infinity"),
+OWN = object()  # the id that `request_line` gives
+# A line, the id in its record, and what the sentence says after the number of the line.
+WRONG = [
+    ('{"id": 1', None, f"{NO_OBJECT}(Expecting ',' delimiter at column 9)"),
+    ("{'id': 1}", None, f"{NO_OBJECT}(Expecting property name enclosed in double quotes at column 2)"),
+    ('{"id": 1} {"id": 2}', None, f"{NO_OBJECT}(Extra data at column 11)"),
+    ("[1]", None, "a request must be an object with id, prompt and video, got [1]"),
+    ("null", None, "a request must be an object with id, prompt and video, got none"),
+    (
+        b'{"id": "\xff"}',
+        None,
+        f"{NO_OBJECT}('utf-8' codec can't decode byte 0xff in position 8: invalid start byte)",
+    ),
+    (b'\xef\xbb\xbf{"id": 1}', None, f"{NO_OBJECT}(Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1)"),
+    (b"\x00\x01\x02", None, f"{NO_OBJECT}(Expecting value at column 1)"),
+    ("[" * 100_000, None, f"{NO_OBJECT}(maximum recursion depth exceeded"),
+    ('{"id": ' + "9" * 5000 + "}", None, f"{NO_OBJECT}(Exceeds the limit (4300 digits) for integer string conv"),
+    ('{"id": 1, "id": 2}', None, "a key stands there twice, of id, id; leave one out"),
+    ({"id": "r0"}, None, "id 'r0' is that of line 1; give each its own"),
+    ({"id": "r0", "prompt": 5}, None, "id 'r0' is that of line 1; give each its own"),
+    ({"id": None}, None, "id must be text or a whole number, got none; every answer carries it"),
+    ('{"prompt": "?", "video": "a.mp4"}', None, "id must be text or a whole number, got none; every"),
+    ({"id": ""}, "", 'id must be text or a whole number, got ""; every answer carries it'),
+    ({"id": True}, None, "id must be text or a whole number, got true; every answer carries it"),
+    ({"id": 1.0}, None, "id must be text or a whole number, got 1.0; every answer carries it"),
+    ({"prompt": " "}, OWN, 'prompt must ask something, got " "; it guides the compression, too'),
+    ({"prompt": ["a"]}, OWN, 'prompt must be text, got ["a"]; write the question in quotes'),
+    ({"prompt": 5}, OWN, "prompt must be text, got 5; write the question in quotes"),
+    ({"prompt": "a\ud800"}, OWN, "prompt must be valid text, got "),
+    ({"prompt": "<video>?"}, OWN, "prompt must not hold <video>, which stands for a file; leave it out"),
+    (
+        '{"id": 1, "prompt": "?"}',
+        1,
+        "exactly one of video, image and images must be given, got none; ask about one of them",
+    ),
+    (
+        {"video": "a.mp4", "image": "i.png"},
+        OWN,
+        "exactly one of video, image and images must be given, got video and image; ask about one of them",
+    ),
+    ({"question": "?"}, OWN, f"unknown keys question; a request has {KEYS}"),
+    ({"x": {"y": float("nan")}}, OWN, f"unknown keys x; a request has {KEYS}"),
+    ({"frames": 2, "fps": 1}, OWN, "frames and fps exclude each other, got both; leave one out"),
+    ({"start": 2, "end": 1}, OWN, "end must not be before start, got 1 and 2"),
+    ({"image": "i.png", "frames": 2}, OWN, "frames is for videos, got image; leave it out"),
+    ({"images": []}, OWN, "images must be a list of at least one image, got []"),
+    ({"images": "i.png"}, OWN, 'images must be a list of at least one image, got "i.png"'),
+    ({"images": ["i.png", 1]}, OWN, "images must be the path of a file, got 1"),
+    ({"image": ["i.png"]}, OWN, 'image must be the path of a file, got ["i.png"]'),
+    ({"video": ["a.mp4", "b.mp4"]}, OWN, 'video must be the path of a file, got ["a.mp4", "b.mp4"]'),
+    ({"video": ""}, OWN, 'video must be the path of a file, got ""'),
+    ({"video": 7}, OWN, "video must be the path of a file, got 7"),
+    (
+        {"video": "https://a.b/c.mp4"},
+        OWN,
+        'video must be the path of a file, got "https://a.b/c.mp4"; download it first',
+    ),
+    *[
+        ({"frames": value}, OWN, f"frames must be a whole number in 1 ... 1048576, got {shown}")
+        for value, shown in (("8", '"8"'), (2.0, "2.0"), (0, "0"), (-1, "-1"), (True, "true"), (2**63, str(2**63)))
     ],
-)
-def test_wrong_requests(run, line, name, text):
-    answers, result = run([{}, line, {"prompt": "What next?"}])
-    assert result.exit_code == 3
-    assert [answer["id"] for answer in answers] == ["r0", name, "r2"]
-    assert [*answers[0], *answers[2]] == ["id", "answer"] * 2
-    assert answers[1]["error"].startswith(text)
+    ({"max_new_tokens": 10**400}, OWN, "max_new_tokens must be a whole number in 1 ... 1048576, got 100"),
+    *[
+        ({"fps": value}, OWN, f"fps must be a number of more than 0 and less than 1e+09, got {shown}")
+        for value, shown in (("1", '"1"'), (0, "0"), (-1, "-1"), (float("nan"), "NaN"), (10**400, "1000"))
+    ],
+    ('{"id": 2, "prompt": "?", "video": "a.mp4", "start": 1e999}', 2, "start must be a number of at least"),
+    ({"end": float("-inf")}, OWN, "end must be a number of at least 0 and less than 1e+09, got -Infinity"),
+]
+
+
+@pytest.fixture(scope="module")
+def judged(run_once):
+    """(answers, result) of a job whose first and last request is one, and all between are not."""
+    return run_once([{}, *(line for line, _, _ in WRONG), {"prompt": "What next?"}])
+
+
+@pytest.mark.parametrize("place", range(1, len(WRONG) + 1), ids=lambda n: f"{str(WRONG[n - 1][0])[:60]}")
+def test_wrong_requests(judged, place):
+    answers, result = judged
+    _, name, text = WRONG[place - 1]
+    name, text = f"r{place}" if name is OWN else name, f"line {place + 1}: {text}"
+    assert answers[place]["id"] == name
+    assert answers[place]["error"].startswith(text)
     said = text if name is None else f"{name}: {text}"
     assert any(note.startswith(f"ppllava: {said}") for note in result.stderr.splitlines())
-    assert failure(result)[1].startswith("2 answers and 1 errors in ")
 
 
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"video": "none.mp4"}, "{}/none.mp4: there is no such file; check the path"),
-        ({"video": "text.mp4"}, "{}/text.mp4: FFmpeg finds no video in it"),
-        ({"video": "empty.mp4"}, "{}/empty.mp4: "),
-        ({"video": "sound.mp4"}, "{}/sound.mp4: "),
-        ({"video": "i.png"}, "{}/i.png: "),
-        ({"video": "."}, "{}: "),
-        ({"video": "a\0.mp4"}, "{}/a"),
-        ({"video": "a\ud800.mp4"}, "{}/a"),
-        ({"video": "a" * 5000}, "{}/aaa"),
-        ({"video": "a.mp4", "start": 9}, "start=9"),
-        ({"video": "a.mp4", "fps": 1e8}, ""),
-        ({"video": "a.mp4", "frames": 1 << 20}, ""),
-        ({"video": "a.mp4", "prompt": "why " * 3000}, "the prompt of "),
-        ({"video": "a.mp4", "max_new_tokens": 5000}, "the prompt of "),
-        ({"image": "none.png"}, "{}/none.png: there is no such image; check the path"),
-        ({"image": "broken.jpg"}, "{}/broken.jpg"),
-        ({"image": "a.mp4"}, "{}/a.mp4"),
-        ({"image": "."}, "{}"),
-        ({"image": "i\0.png"}, "{}/i"),
-        ({"images": ["i.png", "none.png"]}, "{}/none.png: "),
-    ],
-    ids=str,
-)
-def test_files_that_cannot_be_asked_about(run, files, given, text):
-    answers, result = run([{}, given, {"image": "i.png"}])
+def test_wrong_requests_cost_no_other(judged):
+    answers, result = judged
+    assert result.exit_code == 3
+    assert [answers[n]["id"] for n in (0, -1)] == ["r0", f"r{len(WRONG) + 1}"]
+    assert [*answers[0], *answers[-1]] == ["id", "answer"] * 2
+    assert failure(result)[1].startswith(f"2 answers and {len(WRONG)} errors in ")
+
+
+def test_an_id_is_that_of_its_first_line(run, tmp_path):
+    """Whatever looks answers up by id finds one record."""
+    lines = [{"id": "a", "prompt": 5}, {"id": "a"}, {"id": "b"}, {"id": "b", "prompt": "Why?"}, {"id": 1}, {"id": "1"}]
+    answers, _ = run(lines)
+    assert [answer["id"] for answer in answers] == ["a", None, "b", None, 1, "1"]
+    assert [[*answer][1] for answer in answers] == ["error", "error", "answer", "error", "answer", "answer"]
+    assert answers[1]["error"] == "line 2: id 'a' is that of line 1; give each its own"
+    assert answers[3]["error"] == "line 4: id 'b' is that of line 3; give each its own"
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    assert run(lines)[0] == answers
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+# What is asked about, and what the error has, with the folder.
+UNREADABLE = [
+    ({"video": "none.mp4"}, "{}/none.mp4: there is no such file; check the path"),
+    ({"video": "text.mp4"}, "{}/text.mp4: FFmpeg finds no video in it"),
+    ({"video": "empty.mp4"}, "{}/empty.mp4: "),
+    ({"video": "sound.mp4"}, "{}/sound.mp4: "),
+    ({"video": "i.png"}, "{}/i.png: "),
+    ({"video": "."}, "{}: "),
+    ({"video": "a\0.mp4"}, "{}/a"),
+    ({"video": "a\ud800.mp4"}, "{}/a"),
+    ({"video": "a" * 5000}, "{}/aaa"),
+    ({"video": "a.mp4", "start": 9}, "start=9"),
+    ({"video": "a.mp4", "fps": 1e8}, ""),
+    ({"video": "a.mp4", "frames": 1 << 20}, ""),
+    ({"video": "a.mp4", "prompt": "why " * 3000}, "the prompt of "),
+    ({"video": "a.mp4", "max_new_tokens": 5000}, "the prompt of "),
+    ({"image": "none.png"}, "{}/none.png: there is no such image; check the path"),
+    ({"image": "broken.jpg"}, "{}/broken.jpg"),
+    ({"image": "a.mp4"}, "{}/a.mp4"),
+    ({"image": "."}, "{}"),
+    ({"image": "i\0.png"}, "{}/i"),
+    ({"images": ["i.png", "none.png"]}, "{}/none.png: "),
+]
+
+
+@pytest.fixture(scope="module")
+def unread(run_once):
+    """(answers, result) of a job whose first and last request can be answered, and none between."""
+    return run_once([{}, *(given for given, _ in UNREADABLE), {"image": "i.png"}])
+
+
+@pytest.mark.parametrize("place", range(1, len(UNREADABLE) + 1), ids=lambda n: f"{str(UNREADABLE[n - 1][0])[:60]}")
+def test_files_that_cannot_be_asked_about(unread, files, place):
+    answers, result = unread
     assert result.exit_code == 3, result.stderr
-    assert [list(answer) for answer in answers] == [["id", "answer"], ["id", "error"], ["id", "answer"]]
-    assert text.format(files) in answers[1]["error"]
-    assert "\n" not in answers[1]["error"]
-    assert len(answers[1]["error"]) < 6000
+    assert [list(answers[n]) for n in (0, place, -1)] == [["id", "answer"], ["id", "error"], ["id", "answer"]]
+    assert UNREADABLE[place - 1][1].format(files) in answers[place]["error"]
+    assert "\n" not in answers[place]["error"]
+    assert len(answers[place]["error"]) < 6000
 
 
 def test_ids_of_any_text(run, tmp_path):
@@ -374,6 +411,111 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "local_engine", engine)
     assert run(requests, out=out)[0] == whole
     assert out.read_bytes() == content
+
+
+def test_a_full_disk_at_the_start(run, tmp_path):
+    """Settings that are shorter than a buffer reach the disk where their file is closed."""
+    requests, limits = tmp_path / "given.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    requests.write_text('{"id": 1, "video": "a.mp4", "prompt": "What?"}')
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        _, result = run(requests)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out = tmp_path / "answers.jsonl"
+    text = f"{out} cannot be written ({os.strerror(errno.EFBIG)}); free some space, or write elsewhere"
+    assert failure(result) == (7, text)
+
+
+# The file of answers, while others move it
+
+
+@pytest.fixture
+def meanwhile(run, tmp_path, monkeypatch):
+    """Runs six requests, and `act` on the folder of the answers after two outcomes; the result, and how many outcomes
+    there were."""
+    engine, outcomes = running.local_engine, []
+
+    def answer(act):
+        def disturbed(*arguments):
+            for outcome in engine(*arguments):
+                yield outcome
+                outcomes.append(outcome)
+                if len(outcomes) == 2:
+                    act(tmp_path / "place")
+
+        (tmp_path / "place").mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "local_engine", disturbed)
+            _, result = run(REQUESTS, out=tmp_path / "place" / "answers.jsonl")
+        return result, len(outcomes)
+
+    return answer
+
+
+REQUESTS = [{"prompt": f"What is {n}?"} for n in range(6)]
+
+
+def test_a_folder_that_is_removed_ends_the_job(meanwhile, tmp_path):
+    result, count = meanwhile(shutil.rmtree)
+    out = tmp_path / "place" / "answers.jsonl"
+    text = (
+        f"{out} is gone with its folder, and with it 2 answers and errors; make the folder again, and run the command "
+        "again"
+    )
+    assert failure(result) == (7, text)
+    assert count == 2
+    assert not out.parent.exists()
+
+
+def test_files_that_are_removed_are_written_again(meanwhile, run, tmp_path):
+    def remove(folder):
+        for path in folder.iterdir():
+            path.unlink()
+
+    result, count = meanwhile(remove)
+    out = tmp_path / "place" / "answers.jsonl"
+    assert (result.exit_code, count) == (0, 6)
+    whole = out.read_bytes()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["answers.jsonl", "answers.jsonl.job"]
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    answers, again = run(REQUESTS, out=out)
+    assert again.stderr.startswith("ppllava: 2 of 6 answers are in ")
+    assert (len(answers), out.read_bytes()) == (6, whole)
+
+
+def test_another_file_of_the_name_is_left_alone(meanwhile, tmp_path):
+    def replace(folder):
+        (folder / "other").write_text("precious")
+        (folder / "other").replace(folder / "answers.jsonl")
+
+    result, count = meanwhile(replace)
+    out = tmp_path / "place" / "answers.jsonl"
+    text = (
+        f"{out} is another file than the one with the answers so far, something has replaced it; move it away, and run "
+        "the command again"
+    )
+    assert (failure(result), count, out.read_text()) == ((7, text), 2, "precious")
+
+
+def test_files_reach_the_disk_before_their_names(run, tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    def replaced(source, target):
+        calls.append((os.path.getsize(source), os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    run([{}])
+    named = [call[1] for call in calls if isinstance(call, tuple)]
+    assert named == ["answers.jsonl", "answers.jsonl.job", "answers.jsonl"]
+    for size, (moved, _), folder in zip(calls[::3], calls[1::3], calls[2::3], strict=True):
+        assert (size, folder) == (moved, "folder")
 
 
 # Options
