@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import auto, versions
+from .quiet_imports import hushed
 
 if TYPE_CHECKING:
     from ppllava_kernels import __version__
@@ -61,7 +62,8 @@ def __getattr__(name: str) -> object:
         return import_module(f"ppllava.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    with hushed():
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 
 

@@ -15,6 +15,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from .quiet_imports import hushed
+
 
 def register_when_imported() -> None:
     """Register now where transformers is imported, else as soon as it is. Without torch the model is not there."""
@@ -77,7 +79,8 @@ class _Seen(Loader):
 def _try_to_register() -> None:
     """A transformers that does not work must not take down what needs none of it; what does says the same again."""
     try:
-        from . import registration  # noqa: F401
+        with hushed():
+            from . import registration  # noqa: F401
     except Exception as error:
         warnings.warn(
             f"ppllava could not register its model with transformers ({type(error).__name__}: {error}); "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .modeling_ppllava import PPLlavaPreTrainedModel
+from .quiet_imports import hushed
 
 if TYPE_CHECKING:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
@@ -65,14 +65,8 @@ def why_not_fp8(device: torch.device | str) -> str | None:
 
 def _torchao() -> ModuleType:
     """`torchao.quantization`, without its warning for each library of a GPU that this machine cannot load."""
-    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torchao", "torch.utils._pytree"))}
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+    with hushed():
         return importlib.import_module("torchao.quantization")
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
 
 
 def fp8_config() -> Float8DynamicActivationFloat8WeightConfig:

@@ -187,14 +187,10 @@ def test_lines_of_pixels(call, tmp_path, size):
 
 # The first seconds
 
-# Runs the command line on each of the lines of its input, without the face of the package; what it says, and what it
-# imports.
+# Runs the command line on each of the lines of its input; what it says, and what it imports.
 LIGHT = """
-import json, sys, time, types
+import json, sys, time
 
-package = types.ModuleType("ppllava")
-package.__path__ = [sys.argv[1]]
-sys.modules["ppllava"] = package
 import ppllava_command
 
 for line in sys.stdin:
@@ -212,7 +208,7 @@ def test_help_and_wrong_options_import_nothing_heavy(tmp_path):
     wrong = [["ask", "a.mp4"], ["ask", "a.mp4", QUESTION, "--preset", "huge"], ["nonsense"], ["ask", "--fps", "x"], []]
     wrong.append(["run", "r.jsonl", "-o", "a.jsonl", "--preset", "tiny", "--memory", "0"])
     right = [["--version"], ["--help"], *([name, "--help"] for name in ("ask", "run", "convert", "presets"))]
-    command = [sys.executable, "-c", LIGHT, str(ROOT / "ppllava")]
+    command = [sys.executable, "-c", LIGHT]
     lines = "\n".join(map(json.dumps, [*right, *wrong]))
     result = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=240)
     said = result.stdout.splitlines()
