@@ -56,14 +56,16 @@ def test_install_without_a_compiler(without_compiler):
     assert shape == "torch.Size([1, 1, 1, 1, 4])"
 
 
-@pytest.mark.parametrize("archs", ["hopper", "100f", "80;none"])
+@pytest.mark.parametrize("archs", ["hopper", "100f", "80;none", "native;90"])
 def test_architectures_that_nvcc_cannot_know(archs):
     """Asked for by name, so nothing else is built in their place."""
     environment = os.environ | dict(PPLLAVA_CUDA_ARCHS=archs)
     command = [sys.executable, "setup.py", "--version"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
-    expected = f'PPLLAVA_CUDA_ARCHS must be "none" or such as "80;90+PTX", got \'{archs}\'; unset it for all GPUs'
+    expected = (
+        f'PPLLAVA_CUDA_ARCHS must be "none", "native", or such as "80;90+PTX", got \'{archs}\'; unset it for all GPUs'
+    )
     assert run.stderr.strip() == expected
 
 
