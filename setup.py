@@ -141,6 +141,17 @@ def start_nvcc(folder: Path, extension) -> tuple[list[tuple[subprocess.Popen, Pa
     return compilers, None
 
 
+def finish_nvcc(compilers: list[tuple[subprocess.Popen, Path, str]]) -> str | None:
+    """Wait for what start_nvcc started; why there are no CUDA kernels, if one of them failed."""
+    failed = False
+    for process, record, made_of in compilers:
+        if process.wait() == 0:
+            record.write_text(made_of)
+        else:
+            failed = True
+    return "nvcc failed when it was installed" if failed else None
+
+
 def cuda_object(folder: Path, source: Path) -> Path:
     return folder / source.with_suffix(".o").name
 
@@ -189,11 +200,7 @@ class BuildKernels(BuildExtension):
             for process, *_ in nvccs:
                 process.kill()
             raise
-        for process, record, made_of in nvccs:
-            if process.wait() == 0:
-                record.write_text(made_of)
-            else:
-                missing = "nvcc failed when it was installed"
+        missing = finish_nvcc(nvccs) or missing
         if missing is None:
             extension.sources.append("csrc/bindings_cuda.cpp")
             extension.extra_objects += [str(cuda_object(folder, source)) for source in CUDA_KERNELS]
