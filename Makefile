@@ -40,14 +40,14 @@ test: $(VENV)/ready $(VENV)/torchvision/ready  ## all tests that this machine ca
 
 # The same, each time in a new environment above .venv, which lends it PyTorch, the extension, and what does not differ.
 test-newest: $(VENV)/ready $(VENV)/torchvision/ready  ## with the newest packages that there are, but for PyTorch
-	$(BIN)/python -m venv --clear $(VENV)/newest
+	$(BIN)/python -m venv --clear --without-pip $(VENV)/newest
 	$(BIN)/python tests/versions.py overlay $(VENV)/newest
 	$(BIN)/python tests/versions.py newest > $(VENV)/newest/requirements.txt
 	$(VENV)/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" -r $(VENV)/newest/requirements.txt
 	$(call pytest,$(VENV)/newest)
 
 test-oldest: $(VENV)/ready $(VENV)/torchvision/ready  ## with the oldest packages that pyproject.toml allows, but for PyTorch
-	$(BIN)/python -m venv --clear $(VENV)/oldest
+	$(BIN)/python -m venv --clear --without-pip $(VENV)/oldest
 	$(BIN)/python tests/versions.py overlay $(VENV)/oldest
 	$(BIN)/python tests/versions.py oldest > $(VENV)/oldest/requirements.txt
 	$(VENV)/oldest/bin/python -m pip install --quiet -r $(VENV)/oldest/requirements.txt

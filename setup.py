@@ -22,8 +22,8 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     sys.exit(
-        "PyTorch is needed to compile the kernels for, and none was found; install PyTorch first, then "
-        "pip install --no-build-isolation . (see README, Install)"
+        "the kernels are compiled for the installed PyTorch, and none was found (pip hides it without "
+        "--no-build-isolation); install PyTorch first, then pip install --no-build-isolation . (see README, Install)"
     )
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))

@@ -72,8 +72,8 @@ def test_b22_build_without_torch(setup_py, monkeypatch):
     with pytest.raises(SystemExit) as error:
         setup_py()
     assert str(error.value) == (
-        "PyTorch is needed to compile the kernels for, and none was found; install PyTorch first, then "
-        "pip install --no-build-isolation . (see README, Install)"
+        "the kernels are compiled for the installed PyTorch, and none was found (pip hides it without "
+        "--no-build-isolation); install PyTorch first, then pip install --no-build-isolation . (see README, Install)"
     )
 
 
