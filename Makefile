@@ -80,7 +80,7 @@ gpu:  ## the GPU round, without network or .venv, in ten minutes: build, test, c
 # For each Python from 3.10 on: `--universal` gives a package as many lines as the versions that these need.
 lock:  ## requirements.lock, with the newest packages within the ranges of pyproject.toml, and README's line about them
 	$(PYTHON) -m venv $(VENV)/lock
-	$(VENV)/lock/bin/$(LOCKED) uv packaging tomli
+	$(VENV)/lock/bin/$(LOCKED) uv packaging "tomli; python_version < '3.11'"
 	echo "$(TORCH)" | $(VENV)/lock/bin/uv pip compile --quiet --no-config --upgrade --universal --python-version 3.10 --all-extras \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml requirements.in -
 	$(VENV)/lock/bin/python tests/versions.py readme
