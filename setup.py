@@ -1,8 +1,10 @@
 """Builds the C++ and CUDA kernels; everything else is in pyproject.toml. Without a compiler the package still installs.
 
-PPLLAVA_CUDA_ARCHS chooses what nvcc compiles for, for example "80;90" or "90+PTX"; "none" leaves CUDA out.
+PPLLAVA_CUDA_ARCHS chooses what nvcc compiles for, for example "80;90" or "90+PTX"; "native" is what the GPUs here are,
+and "none" leaves CUDA out.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -12,7 +14,17 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit(
+        "the kernels are compiled for the installed PyTorch, and none was found (pip hides it without "
+        "--no-build-isolation); install PyTorch first, then pip install --no-build-isolation . (see README, Install)"
+    )
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 CUDA_KERNELS = sorted(Path("csrc/cuda").glob("*.cu"))
@@ -47,10 +59,23 @@ def asked_archs() -> list[str]:
     """PPLLAVA_CUDA_ARCHS as a list: empty for the default, ["none"] for no CUDA."""
     words = os.environ.get("PPLLAVA_CUDA_ARCHS", "").strip().lower()
     archs = [word.replace(".", "") for word in re.split(r"[;,\s]+", words) if word]
+    if archs == ["native"]:
+        return native_archs()
     for arch in archs:
         if archs != ["none"] and not re.fullmatch(r"\d{2,3}a?(\+ptx)?", arch):
-            sys.exit(f'PPLLAVA_CUDA_ARCHS must be "none" or such as "80;90+PTX", got {words!r}; unset it for all GPUs')
+            allowed = '"none", "native", or such as "80;90+PTX"'
+            sys.exit(f"PPLLAVA_CUDA_ARCHS must be {allowed}, got {words!r}; unset it for all GPUs")
     return [arch.replace("ptx", "PTX") for arch in archs]
+
+
+def native_archs() -> list[str]:
+    gpus = range(torch.cuda.device_count())
+    if not gpus:
+        sys.exit(
+            "PPLLAVA_CUDA_ARCHS=native needs a GPU that PyTorch sees, got none; name what to compile for, such as "
+            "PPLLAVA_CUDA_ARCHS=90, or unset it for all GPUs"
+        )
+    return sorted({"{}{}".format(*torch.cuda.get_device_capability(gpu)) for gpu in gpus}, key=int)
 
 
 def default_archs(nvcc: Path) -> list[str]:
@@ -76,8 +101,11 @@ def gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code=[{','.join(targets)}]"]
 
 
-def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | None]:
-    """Start to compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be."""
+def start_nvcc(folder: Path, extension) -> tuple[list[tuple[subprocess.Popen, Path, str]], str | None]:
+    """Start to compile the CUDA kernels, with or without a GPU or a CUDA build of PyTorch; or why that cannot be.
+
+    For each whose object is not there, as made of the same: the process, and the file to write its fingerprint to.
+    """
     nvcc = find_nvcc()
     if ASKED == ["none"]:
         return [], "PPLLAVA_CUDA_ARCHS=none when it was installed"
@@ -94,24 +122,58 @@ def start_nvcc(folder: Path, extension) -> tuple[list[subprocess.Popen], str | N
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     flags += [flag for arch in archs for flag in gencode(arch)]
-    processes = []
+    compilers = []
     for source in CUDA_KERNELS:
-        command = [str(nvcc), *flags, "-c", str(source), "-o", str(folder / source.with_suffix(".o").name)]
+        target = cuda_object(folder, source)
+        command = [str(nvcc), *flags, "-c", str(source), "-o", str(target)]
+        record, made_of = target.with_suffix(".made_of"), fingerprint(source, command, release)
+        if target.exists() and record.exists() and record.read_text() == made_of:
+            continue
+        record.unlink(missing_ok=True)
         print(*command, flush=True)
-        processes.append(subprocess.Popen(command))
+        compilers.append((subprocess.Popen(command), record, made_of))
     extension.library_dirs.append(str(libraries[0]))
     # The runtime is linked in, so that nothing of CUDA is needed to import this on a machine without it.
     extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
     macros = {"ARCHS": " ".join(archs), "VERSION": release}
     extension.define_macros += [("PPLLAVA_WITH_CUDA", None)]
     extension.define_macros += [(f"PPLLAVA_CUDA_{name}", f'"{value}"') for name, value in macros.items()]
-    return processes, None
+    return compilers, None
+
+
+def finish_nvcc(compilers: list[tuple[subprocess.Popen, Path, str]]) -> str | None:
+    """Wait for what start_nvcc started; why there are no CUDA kernels, if one of them failed."""
+    failed = False
+    for process, record, made_of in compilers:
+        if process.wait() == 0:
+            record.write_text(made_of)
+        else:
+            failed = True
+    return "nvcc failed when it was installed" if failed else None
+
+
+def cuda_object(folder: Path, source: Path) -> Path:
+    return folder / source.with_suffix(".o").name
+
+
+def fingerprint(source: Path, command: list[str], release: str) -> str:
+    """Of all that an object of nvcc depends on."""
+    digest = hashlib.sha256(repr((command, release)).encode())
+    for path in (source, *sorted(Path("csrc").glob("*.h")), *sorted(Path("csrc/cuda").glob("*.*h"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 ASKED = asked_archs()
 
 
 class BuildKernels(BuildExtension):
+    def finalize_options(self):
+        """Objects stay in build/, for the next build; in an editable installation setuptools would delete them."""
+        super().finalize_options()
+        name = f"objects-{sys.implementation.cache_tag}-{platform.machine()}-torch-{torch.__version__}"
+        self.build_temp = str(Path("build") / name)
+
     def run(self):
         NOTE.unlink(missing_ok=True)
         try:
@@ -130,18 +192,18 @@ class BuildKernels(BuildExtension):
 
     def build_extension(self, extension):
         """nvcc works beside the C++ compiler; where it fails, all but CUDA is built."""
-        nvccs, missing = start_nvcc(Path(self.build_temp) / "cuda", extension)
+        folder = Path(self.build_temp) / "cuda"
+        nvccs, missing = start_nvcc(folder, extension)
         try:
             self.build_cpu(extension)
         except BaseException:
-            for process in nvccs:
+            for process, *_ in nvccs:
                 process.kill()
             raise
-        if sum(process.wait() != 0 for process in nvccs):
-            missing = "nvcc failed when it was installed"
+        missing = finish_nvcc(nvccs) or missing
         if missing is None:
             extension.sources.append("csrc/bindings_cuda.cpp")
-            extension.extra_objects += [process.args[process.args.index("-o") + 1] for process in nvccs]
+            extension.extra_objects += [str(cuda_object(folder, source)) for source in CUDA_KERNELS]
         else:
             sys.stderr.write(f"warning: the CUDA kernels are left out: {missing}\n")
             extension.define_macros = [("PPLLAVA_CUDA_MISSING", f'"{missing}"')]

@@ -9,6 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from stamps import (  # noqa: F401  hooks
+    pytest_addoption,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -1,6 +1,6 @@
 """In a fresh environment, outside of the checkout: the Kernel Hub folder without the package, the wheel, and both.
 
-python tests/smoke.py "torch==2.13.0" "kernels==0.17.2" hub/ppllava-kernels dist/ppllava_kernels-0.1.0-....whl
+python tests/smoke.py "torch==2.13.0" requirements.lock hub/ppllava-kernels dist/ppllava_kernels-0.1.0-....whl
 """
 
 import subprocess
@@ -32,17 +32,18 @@ print("smoke test passed:", ppllava_kernels.__file__, ppllava_kernels.compatible
 """
 
 
-def main(torch: str, kernels: str, hub: str, wheel: str) -> None:
+def main(torch: str, lock: str, hub: str, wheel: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
 
         def install(*packages: str) -> None:
+            command = [python, "-m", "pip", "install", "--quiet", "--constraint", Path(lock).resolve()]
             for package in packages:
-                subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+                subprocess.run([*command, package], check=True)
 
         load = [python, Path(__file__).with_name("hub_smoke.py").resolve(), Path(hub).resolve()]
-        install(torch, kernels)
+        install(torch, "kernels")
         subprocess.run(load, cwd=folder, check=True)
         install(str(Path(wheel).resolve()))
         subprocess.run([python, "-c", SCRIPT], cwd=folder, check=True)

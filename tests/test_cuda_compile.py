@@ -40,6 +40,7 @@ def test_the_extension_has_them_without_a_gpu():
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the PATH; the CUDA toolkit has it")
+@pytest.mark.stamped("csrc")
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 def test_no_spills(arch, tmp_path):
     with ThreadPoolExecutor(2) as pool:

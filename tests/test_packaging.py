@@ -1,12 +1,16 @@
 """The package installs without a compiler, imports without triton, and is typed."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
+import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGED = (
@@ -56,15 +60,111 @@ def test_install_without_a_compiler(without_compiler):
     assert shape == "torch.Size([1, 1, 1, 1, 4])"
 
 
-@pytest.mark.parametrize("archs", ["hopper", "100f", "80;none"])
-def test_architectures_that_nvcc_cannot_know(archs):
+@pytest.fixture
+def setup_py(monkeypatch):
+    """Run setup.py up to its call of setup(), and get what it defines."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    return lambda: SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+def test_b22_build_without_torch(setup_py, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as error:
+        setup_py()
+    assert str(error.value) == (
+        "the kernels are compiled for the installed PyTorch, and none was found (pip hides it without "
+        "--no-build-isolation); install PyTorch first, then pip install --no-build-isolation . (see README, Install)"
+    )
+
+
+@pytest.mark.parametrize("archs", ["hopper", "100f", "80;none", "native;90"])
+def test_architectures_that_nvcc_cannot_know(archs, setup_py, monkeypatch):
     """Asked for by name, so nothing else is built in their place."""
-    environment = os.environ | dict(PPLLAVA_CUDA_ARCHS=archs)
-    command = [sys.executable, "setup.py", "--version"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1
-    expected = f'PPLLAVA_CUDA_ARCHS must be "none" or such as "80;90+PTX", got \'{archs}\'; unset it for all GPUs'
-    assert run.stderr.strip() == expected
+    monkeypatch.setenv("PPLLAVA_CUDA_ARCHS", archs)
+    with pytest.raises(SystemExit) as error:
+        setup_py()
+    assert str(error.value) == (
+        f'PPLLAVA_CUDA_ARCHS must be "none", "native", or such as "80;90+PTX", got \'{archs}\'; unset it for all GPUs'
+    )
+
+
+def test_native_architectures(setup_py, monkeypatch):
+    monkeypatch.setenv("PPLLAVA_CUDA_ARCHS", "native")
+    found = [(9, 0), (12, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: found[gpu])
+    assert setup_py().ASKED == ["90", "120"]
+    found.clear()
+    with pytest.raises(SystemExit) as error:
+        setup_py()
+    assert str(error.value) == (
+        "PPLLAVA_CUDA_ARCHS=native needs a GPU that PyTorch sees, got none; name what to compile for, such as "
+        "PPLLAVA_CUDA_ARCHS=90, or unset it for all GPUs"
+    )
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_80 compute_90 ;;
+  *--version*) cat "$(dirname "$0")/version" ;;
+  *--dryrun*) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+  *broken*) exit 1 ;;
+  *) for last; do :; done; echo object > "$last" ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvcc(setup_py, tmp_path, monkeypatch):
+    """setup.py in a folder with two kernels and a stand-in of nvcc; called, it builds and says what was compiled."""
+    for name, text in {
+        "cuda/bin/nvcc": NVCC,
+        "cuda/bin/version": "release 13.0",
+        "cuda/lib64/libcudart_static.a": "",
+        "csrc/shapes.h": "",
+        "csrc/cuda/common.cuh": "",
+        "csrc/cuda/pool.cu": "",
+        "csrc/cuda/project.cu": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "cuda/bin/nvcc").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("PPLLAVA_CUDA_ARCHS", raising=False)
+
+    def build() -> tuple[set[str], str | None]:
+        module = setup_py()
+        extension = SimpleNamespace(library_dirs=[], libraries=[], define_macros=[])
+        compilers, missing = module.start_nvcc(Path("build"), extension)
+        missing = module.finish_nvcc(compilers) or missing
+        return {Path(process.args[-1]).stem for process, *_ in compilers}, missing
+
+    return build
+
+
+def test_nvcc_compiles_what_has_changed(nvcc, monkeypatch):
+    both = {"pool", "project"}, None
+    assert nvcc() == both
+    assert nvcc() == (set(), None)
+    Path("csrc/cuda/pool.cu").write_text("// changed")
+    assert nvcc() == ({"pool"}, None)
+    for path, text in {"csrc/cuda/common.cuh": "//", "csrc/shapes.h": "//", "cuda/bin/version": "release 13.1"}.items():
+        Path(path).write_text(text)
+        assert nvcc() == both, path
+        assert nvcc() == (set(), None)
+    monkeypatch.setenv("PPLLAVA_CUDA_ARCHS", "90")
+    assert nvcc() == both
+    Path("build/pool.o").unlink()
+    assert nvcc() == ({"pool"}, None)
+
+
+def test_what_nvcc_could_not_compile_is_tried_again(nvcc):
+    Path("csrc/cuda/broken.cu").write_text("")
+    for again in ({"pool", "project", "broken"}, {"broken"}):
+        assert nvcc() == (again, "nvcc failed when it was installed")
+    Path("csrc/cuda/broken.cu").unlink()
+    assert nvcc() == (set(), None)
 
 
 def test_nothing_heavy_is_imported():

@@ -34,6 +34,7 @@ def compiled(arch: str, dtype: str) -> list[dict]:
     return rows
 
 
+@pytest.mark.stamped("ppllava_kernels")
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [("80", "bfloat16"), ("90", "bfloat16"), ("90", "float32"), ("100", "bfloat16"), ("100", "float16")],
@@ -49,6 +50,7 @@ def test_no_spills(arch, dtype):
                 assert row["store"] == 16, row
 
 
+@pytest.mark.stamped("ppllava_kernels")
 def test_compiles_for_amd():
     compiled("gfx942", "bfloat16")
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from cuda_on_host import build
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or "")
+pytestmark = [
+    pytest.mark.skipif(build.why_not() is not None, reason=build.why_not() or ""),
+    pytest.mark.stamped("csrc/cuda", "csrc/shapes.h", "tests/cuda_on_host"),
+]
 
 ORDERS = ["forward", "reverse", "shuffle:1", "shuffle:2"]
 RIGHT = [
