@@ -14,7 +14,7 @@ RESUME ?=
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: benchmark test lint format table dist hub smoke gpu clean
+.PHONY: benchmark test fuzz lint format table dist hub smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
@@ -32,6 +32,10 @@ test: $(VENV)/ready $(VENV)/swap/ready  ## all tests that this machine can run
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 	PYTHONPATH=$(VENV)/swap/torchvision $(BIN)/python -m pytest -n auto tests/swap
 	PYTHONPATH=$(VENV)/swap/torchvision:$(VENV)/swap/oldest $(BIN)/python -m pytest -n auto tests/swap
+
+fuzz: $(VENV)/ready  ## random calls: of torch.ops under AddressSanitizer, of the functions against the reference
+	PYTHONPATH=tests $(BIN)/python -m fuzz direct
+	PYTHONPATH=tests $(BIN)/python -m fuzz public
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

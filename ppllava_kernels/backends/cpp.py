@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import products
+from ..extension import _C, missing
+from . import preconditions, products
 from .plan import clip_counts, make_plan
-
-try:
-    from .. import _C
-
-    missing = None
-except ImportError as error:
-    _C = None
-    # Written by setup.py where it could not build the extension.
-    _note = Path(__file__).parent.parent / "_C.missing"
-    _reason = _note.read_text().strip() if _note.exists() else str(error)
-    missing = (
-        f"the C++ extension is not there ({_reason}); install a C++17 compiler, then "
-        "pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels"
-    )
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -60,6 +46,7 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
 
 
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
+    preconditions.check_needed(weights=(need_weights, weights))
     plan = make_plan(values, window, cu_frames)
     accumulator = _accumulator(values)
     shares = torch.empty((plan.slots,), dtype=accumulator)
