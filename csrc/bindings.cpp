@@ -25,10 +25,13 @@ const char kBuiltFor[] = "ppllava_kernels was built for PyTorch " TORCH_VERSION;
 
 // As ATen chooses for its own kernels, ATEN_CPU_CAPABILITY included.
 #ifdef PPLLAVA_X86
-#define PPLLAVA_CALL(kernel, args)                                \
-  static const std::string capability = at::get_cpu_capability(); \
-  if (capability == "AVX512") return AVX512::kernel(args);        \
-  if (capability == "AVX2") return AVX2::kernel(args);            \
+#ifndef PPLLAVA_AVX512
+#define PPLLAVA_AVX512 AVX512  // tests/fuzz compiles one of the two, and calls it for both
+#endif
+#define PPLLAVA_CALL(kernel, args)                                 \
+  static const std::string capability = at::get_cpu_capability();  \
+  if (capability == "AVX512") return PPLLAVA_AVX512::kernel(args); \
+  if (capability == "AVX2") return AVX2::kernel(args);             \
   DEFAULT::kernel(args)
 #else
 #define PPLLAVA_CALL(kernel, args) DEFAULT::kernel(args)

@@ -11,6 +11,7 @@
 #include <limits>     // defines: std::numeric_limits
 #include <optional>   // defines: std::optional
 #include <stdexcept>  // defines: std::invalid_argument
+#include <string>     // defines: std::string
 #include <tuple>      // defines: std::tie
 #include <utility>    // defines: std::pair
 #include <vector>     // defines: std::vector
@@ -26,6 +27,22 @@ namespace ppllava {
 using OptionalTensor = std::optional<at::Tensor>;
 using Sizes = std::vector<int64_t>;
 
+// As Python calls it.
+inline std::string name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
 inline Dtype dtype_of(const char* name, const at::Tensor& x) {
   switch (x.scalar_type()) {
     case at::kFloat:
@@ -38,8 +55,8 @@ inline Dtype dtype_of(const char* name, const at::Tensor& x) {
       return Dtype::bfloat16;
     default:
       PPLLAVA_CHECK(
-          false, name, " must be float32, float16, bfloat16 or float64, got ", x.scalar_type(), "; convert it, e.g. ",
-          name, ".float()");
+          false, name, " must be float32, float16, bfloat16 or float64, got ", name_of(x.scalar_type()),
+          "; convert it, e.g. ", name, ".float()");
   }
   return Dtype::float32;
 }
@@ -77,8 +94,8 @@ struct Tensors {
 
   void check_dtype(const char* name, const at::Tensor& x, at::ScalarType dtype) const {
     PPLLAVA_CHECK(
-        x.scalar_type() == dtype, name, " must be ", dtype, " beside the other tensors of this call, got ",
-        x.scalar_type(), "; convert it with ", name, ".to");
+        x.scalar_type() == dtype, name, " must be ", name_of(dtype), " beside the other tensors of this call, got ",
+        name_of(x.scalar_type()), "; convert it with ", name, ".to");
   }
 
   void check_sizes(const char* name, const at::Tensor& x, at::IntArrayRef sizes) const {
@@ -295,7 +312,7 @@ inline TileArgs tile_of(
       channels, " from ", channel, " on; pass tiles of that product");
   PPLLAVA_CHECK(
       accumulator_of(hidden) == call.accumulator, "hidden must be float64 exactly where features are, got ",
-      hidden.scalar_type(), "; multiply in the dtype of features");
+      name_of(hidden.scalar_type()), "; multiply in the dtype of features");
   int64_t before = 0, patches = 0;
   for (size_t b = 0; b < call.clips.size() && before + patches <= first; ++b) {
     before += patches;

@@ -45,9 +45,9 @@ def load(package: str = __package__, folder: Path = _HERE):
 def _why_missing(error: ImportError, folder: Path) -> str:
     file = next((path for x in EXTENSION_SUFFIXES if (path := folder / f"_C{x}").exists()), None)
     if file is not None:
-        built = built_for(file)
+        built = f"PyTorch {version}" if (version := built_for(file)) else "another PyTorch"
         return (
-            f"the C++ extension does not load ({error}): it was built for PyTorch {built} and this is "
+            f"the C++ extension does not load ({error}): it was built for {built} and this is "
             f"{torch.__version__}; rebuild it for this one: {REINSTALL}"
         )
     note = folder / "_C.missing"  # written by setup.py where it could not build the extension
@@ -55,10 +55,10 @@ def _why_missing(error: ImportError, folder: Path) -> str:
     return f"the C++ extension is not there ({reason}); install a C++17 compiler, then {REINSTALL}"
 
 
-def built_for(file: Path) -> str:
+def built_for(file: Path) -> str | None:
     """The version of PyTorch that an extension was built for; it stands in the file, which need not load."""
     found = re.search(rb"ppllava_kernels was built for PyTorch ([^\0]{1,40})\0", file.read_bytes())
-    return found[1].decode() if found else "another version"
+    return found[1].decode() if found else None
 
 
 def _minor(version: str) -> list[str]:

@@ -71,7 +71,11 @@ def _register_autograd(function, save, backward):
 
     def run_and_save(ctx, *arguments):
         *arguments, keys = arguments
-        output = run(keys, arguments)
+        if compat.in_transform():  # `apply` switched gradients off, which outer levels of torch.func still want
+            with torch.enable_grad():
+                output = run(keys, arguments)
+        else:
+            output = run(keys, arguments)
         save(ctx, arguments, output)
         return output
 

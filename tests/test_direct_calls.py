@@ -99,13 +99,18 @@ MATCH = "to match the other tensors of this call"
 BESIDE = "beside the other tensors of this call"
 
 
+def packed(make, cu_frames):
+    """All that goes with patches or windows as of one clip with these cu_frames."""
+    tensors = {k: x for k, x in make()[1].items() if isinstance(x, torch.Tensor) and x.dim() > 3}
+    return {k: x[0] for k, x in tensors.items()} | dict(cu_frames=cu_frames)
+
+
 def recipes():
     """(name, what makes the call, what is wrong, the sentence)."""
     for make in GOOD:
         clips = CLIPS[make]
         good = make()[1][clips]
-        short = {clips: good[0]}  # [T, H, W, channels]
-        yield "4_axes_alone", make, short, NO_CU_FRAMES
+        yield "4_axes_alone", make, packed(make, None), NO_CU_FRAMES
         yield "5_axes_packed", make, dict(cu_frames=int32(0, 1)), CU_FRAMES
         yield "3_axes", make, {clips: good[0, 0]}, NO_CU_FRAMES
         strided = {clips: good.transpose(3, 4).contiguous().transpose(3, 4)}
@@ -114,10 +119,10 @@ def recipes():
         yield "zeros_without_memory", make, {clips: torch._efficientzerotensor(good.shape)}, CHANNELS
         yield "integers", make, {clips: good.long()}, "must be float32, float16, bfloat16 or float64, got"
         yield "no_patches", make, {clips: good[:, :, :, :0]}, "(must|may be empty)"
-        yield "cu_frames_of_int64", make, short | dict(cu_frames=torch.tensor([0, T])), r"cu_frames must be int32"
-        yield "cu_frames_of_2_axes", make, short | dict(cu_frames=int32(0, T)[None]), r"cu_frames must be int32"
-        yield "cu_frames_without_end", make, short | dict(cu_frames=int32(0, T + 1)), "cu_frames must end at F = 4"
-        yield "cu_frames_backwards", make, short | dict(cu_frames=int32(0, 5, T)), "cu_frames must not decrease"
+        yield "cu_frames_of_int64", make, packed(make, torch.tensor([0, T])), r"cu_frames must be int32"
+        yield "cu_frames_of_2_axes", make, packed(make, int32(0, T)[None]), r"cu_frames must be int32"
+        yield "cu_frames_without_end", make, packed(make, int32(0, T + 1)), "cu_frames must end at F = 4"
+        yield "cu_frames_backwards", make, packed(make, int32(5, T)), "cu_frames must start at 0"
     for make in WINDOWS:
         yield "both_windows", make, window_of(output_size=(9, 9, 9)), EITHER
         yield "no_window", make, window_of((), ()), EITHER
@@ -245,12 +250,12 @@ COMPILED = {
     "an_output_of_half": (
         "weighted_pool3d",
         POOLED | dict(pooled=torch.empty(B, 2, 2, 2, D).half()),
-        "pooled must be Float",
+        "pooled must be float32",
     ),
     "low_weights": (
         "weighted_pool3d",
         POOLED | dict(weights=torch.rand(B, T, H, W).half()),
-        "weights must be Float",
+        "weights must be float32",
     ),
     "few_shares": ("window_shares", SHARES | dict(shares=torch.empty(SLOTS - 1)), "shares must be [144]"),
     "kernel_too_large": ("window_shares", SHARES | dict(window=((2, 7, 3), (1, 1, 1), ())), "kernel_size must fit"),
@@ -258,15 +263,15 @@ COMPILED = {
     "a_tile_before_the_clip": ("pool_hidden", TILE | dict(first=-1), "hidden must hold patches of one clip"),
     "a_tile_of_other_channels": ("pool_hidden", TILE | dict(channel=1), "hidden must hold some of 8 channels, got 8"),
     "a_tile_of_float64": ("pool_hidden", TILE | dict(hidden=r(36, D).double()), "hidden must be float64 exactly"),
-    "low_sums": ("pool_hidden", TILE | dict(sums=torch.zeros(8, D).half()), "sums must be Float"),
+    "low_sums": ("pool_hidden", TILE | dict(sums=torch.zeros(8, D).half()), "sums must be float32"),
     "few_sums": ("pool_hidden", TILE | dict(sums=torch.zeros(7, D)), "sums must have 8 channels for each of 8 windows"),
     "a_long_bias": ("pool_hidden", TILE | dict(bias=r(D + 1)), "bias must be [8]"),
     "few_dots": ("pool_hidden_backward", GRADS | dict(dots=torch.zeros(SLOTS - 1)), "dots must be [144]"),
-    "a_gradient_of_half": ("pool_hidden_backward", GRADS | dict(grad=r(8, D).half()), "grad must be Float"),
+    "a_gradient_of_half": ("pool_hidden_backward", GRADS | dict(grad=r(8, D).half()), "grad must be float32"),
     "few_cosines": ("score_rows", SCORES | dict(cosines=torch.empty(8)), "cosines must be [9]"),
     "a_long_text": ("score_rows", SCORES | dict(text=r(C + 1)), "text must be [5]"),
-    "embeds_of_half": ("score_rows", SCORES | dict(embeds=r(9, C).half(), text=r(C).half()), "text must be Float"),
-    "text_of_float64": ("score_rows", SCORES | dict(text=r(C).double()), "text must be Float"),
+    "embeds_of_half": ("score_rows", SCORES | dict(embeds=r(9, C).half(), text=r(C).half()), "text must be float32"),
+    "text_of_float64": ("score_rows", SCORES | dict(text=r(C).double()), "text must be float32"),
 }
 
 

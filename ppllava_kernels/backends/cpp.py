@@ -22,15 +22,16 @@ def why_not(*tensors: Tensor) -> str | None:
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
     relevance = image_embeds.new_empty(*image_embeds.shape[:-1], dtype=_accumulator(image_embeds))  # [B, T, H, W]
     counts = clip_counts(image_embeds, cu_frames)
-    _C.prompt_relevance(relevance, image_embeds, *_text(text_embeds, relevance, scale_tensor, scale), counts)
+    _C.prompt_relevance(relevance, image_embeds, *_text(text_embeds, relevance.dtype, scale_tensor, scale), counts)
     return relevance
 
 
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames):
+    accumulator = _accumulator(image_embeds)
     grad_image = image_embeds.new_empty(*image_embeds.shape)  # [B, T, H, W, C]
-    grad_text = relevance.new_empty(*text_embeds.shape)  # [B, C]
-    grad_scale = relevance.new_empty(())
-    text, scale = _text(text_embeds, relevance, scale_tensor, scale)
+    grad_text = image_embeds.new_empty(*text_embeds.shape, dtype=accumulator)  # [B, C]
+    grad_scale = image_embeds.new_empty((), dtype=accumulator)
+    text, scale = _text(text_embeds, accumulator, scale_tensor, scale)
     counts = clip_counts(image_embeds, cu_frames)
     grads = grad_image, grad_text, grad_scale
     _C.prompt_relevance_backward(*grads, grad.contiguous(), relevance, image_embeds, text, scale, counts)
@@ -123,6 +124,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _text(text_embeds: Tensor, relevance: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
-    text = _cast(text_embeds, relevance.dtype).contiguous()
+def _text(text_embeds: Tensor, dtype: torch.dtype, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
+    text = _cast(text_embeds, dtype).contiguous()
     return text, scale if scale_tensor is None else scale * scale_tensor.item()
