@@ -1,6 +1,7 @@
 """Which backend can run, and the one sentence that says why another cannot, before anything is launched."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -216,3 +217,16 @@ def test_the_projector_where_cpp_was_not_built(monkeypatch):
     assert project() == dict.fromkeys(OPS, "triton")
     with pytest.raises(ValueError, match=r"^backend='cpp' cannot run: the C\+\+ extension is not there$"):
         project(backend="cpp")
+
+
+def test_onnx_has_only_the_reference(monkeypatch):
+    """torch.onnx.export traces; PyTorch says that it does, so that no exporter need be installed here."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    message = "ONNX has no op for backend='cpp'; export with backend='reference', plain PyTorch"
+    trace = lambda backend: torch.jit.trace(lambda v: weighted_pool3d(v, None, **WINDOW, backend=backend), VALUES)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            trace("cpp")
+        assert trace("reference")(VALUES).shape == (2, 2, 2, 2, 8)
+    weighted_pool3d(VALUES, None, **WINDOW, backend="cpp")  # outside of an export
