@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 LOCKED := python -m pip install --quiet --constraint requirements.lock
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: benchmark regress test test-newest test-oldest test-video lint format table lock dist hub smoke gpu clean
+.PHONY: benchmark regress test test-newest test-oldest test-video fuzz lint format table lock dist hub smoke gpu clean
 
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
 	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
@@ -60,6 +60,10 @@ test-oldest: $(VENV)/ready $(VENV)/torchvision/ready  ## with the oldest package
 
 test-video:  ## reading video without torch, on each Python from 3.11 on that is here, with the PyAV that it gets
 	$(PYTHON) tests/torch_free.py $(VENV)/video
+
+fuzz: $(VENV)/ready  ## random calls: of torch.ops under AddressSanitizer, of the functions against the reference
+	PYTHONPATH=tests $(BIN)/python -m fuzz direct
+	PYTHONPATH=tests $(BIN)/python -m fuzz public
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -45,9 +46,9 @@ def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
     if not isinstance(cu_frames, Tensor) or cu_frames.dtype != torch.int32:
         got = cu_frames.dtype if isinstance(cu_frames, Tensor) else type(cu_frames).__name__
         raise TypeError(f"cu_frames must be an int32 tensor, got {got}; use torch.tensor(..., dtype=torch.int32)")
-    if cu_frames.dim() != 1 or cu_frames.shape[0] < 2:
+    if cu_frames.dim() != 1 or cu_frames.shape[0] == 0:
         raise ValueError(
-            f"cu_frames must be [B+1] for at least one video, got shape {list(cu_frames.shape)}; "
+            f"cu_frames must be [B+1], got shape {list(cu_frames.shape)}; "
             "pass 0 and the cumulative sum of the frames of each video"
         )
     if cu_frames.device != head.device and cu_frames.device.type != "cpu":
@@ -58,13 +59,17 @@ def check_tensors(cu_frames: Tensor | None, **given: Tensor) -> None:
 
 
 def check_channels_last(name: str, x: Tensor, cu_frames: Tensor | None, channel: str) -> None:
-    """[B, T, H, W, D], or [F, H, W, D] with `cu_frames`; nothing empty; the channel axis contiguous."""
+    """[B, T, H, W, D], or [F, H, W, D] with `cu_frames`; only B or F may be 0; the channel axis contiguous."""
     if x.dim() != (5 if cu_frames is None else 4):
         lead = DENSE if cu_frames is None else RAGGED
         hint = "pack the frames of all videos" if cu_frames is not None else "add a batch axis, or pass cu_frames"
         raise ValueError(f"{name} must be [{lead}, {channel}], got shape {list(x.shape)}; {hint}")
-    if 0 in x.shape:
-        raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}; skip the call for an empty batch")
+    if 0 in x.shape[1:]:
+        lead = DENSE if cu_frames is None else RAGGED
+        raise ValueError(
+            f"{name} must be [{lead}, {channel}] of which only {lead[0]} may be 0, got shape {list(x.shape)}; "
+            "leave out videos without patches"
+        )
     check_contiguous_channels(name, x)
 
 
@@ -246,8 +251,33 @@ def check_backend(backend: str | None, x: Tensor, order: Iterable[str] = backend
     `x` stands for all tensors of the call: `check_tensors` found them on one device, float64 all or none.
     """
     if backend is None:
-        return backends.best_backend(x, order=order)
-    reason = backends.why_not(backend, x)
-    if reason is not None:
+        backend = backends.best_backend(x, order=order)
+        if backend == "reference":
+            _warn_of_reference(x)
+    elif (reason := backends.why_not(backend, x)) is not None:
         raise ValueError(f"backend={backend!r} cannot run: {reason}")
+    exports = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if exports and backend != "reference" and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(f"ONNX has no op for backend={backend!r}; export with backend='reference', plain PyTorch")
     return backend
+
+
+# What an installation should have for tensors there, and the kinds of devices that a warning has spoken of.
+_FASTER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+_warned: set[str] = set()
+
+
+def _warn_of_reference(x: Tensor) -> None:
+    """Once for each kind of device: nobody asked for the slow reference, and an installation could run faster."""
+    device = x.device.type
+    if device not in _FASTER or device in _warned or torch.compiler.is_compiling():
+        return
+    if x.dtype == torch.float64 and device == "cuda":  # no backend computes it there
+        return
+    _warned.add(device)
+    why = " ".join(f"{name}: {backends.why_not(name, x)}." for name in _FASTER[device])
+    warnings.warn(
+        f"the ops of ppllava_kernels run in plain PyTorch on {device} tensors, which is many times slower. {why} "
+        "Pass backend='reference' where that is wanted",
+        stacklevel=4,
+    )

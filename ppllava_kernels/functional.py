@@ -53,7 +53,8 @@ def prompt_relevance(
 
     Returns:
         relevance: [B, T, H, W] or [F, H, W], float32 (float64 for float64 inputs), sums to 1 over each video.
-        An embedding that is zero has cosine 0 and gets no gradient. NaN in one video stays in that video.
+        An embedding that is zero has cosine 0 and gets no gradient. NaN in one video stays in that video. A batch of
+        no video, B = 0 or F = 0 with cu_frames = [0], gives an empty tensor, as do all ops; gradients flow.
 
     Raises:
         ValueError, TypeError: for input outside of the above; the message says what to do.
@@ -90,8 +91,8 @@ def weighted_pool3d(
     Args:
         values: [B, T, H, W, D]. Any strides with a contiguous channel axis.
         weights: [B, T, H, W] scores, any strides, or None for the plain mean. They keep their own dtype; a score of
-            -inf leaves its patch out. Low precision scores lose up to 0.2 in the exponent at the default temperature:
-            pass float32.
+            -inf leaves its patch out; a window whose scores are all -inf is NaN. Low precision scores lose up to 0.2
+            in the exponent at the default temperature: pass float32.
         kernel_size: window size over (T, H, W), one int or three.
         stride: distance between windows; None: kernel_size, so that windows neither overlap nor leave gaps.
         output_size: number of windows along (T, H, W) instead of kernel_size.

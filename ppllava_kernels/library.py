@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS
+from . import compat
+from .backends import BACKENDS, empty
 from .shapes import Window, output_shape
 
 # The package's own name: another copy of it, loaded under another name, registers beside this one.
@@ -18,10 +19,7 @@ NAMESPACE = __package__.replace(".", "_")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 ops = getattr(torch.ops, NAMESPACE)
 
-# The dispatch keys left below autograd where tensors are plain: none fake, functional or transformed, no mode active.
-_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
-_PLAIN = frozenset(keys.raw_repr() for keys in (_CPU, _CUDA, _CPU | _CUDA))
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset.raw_repr()
+_KERNELS = {name: backend for name, backend in BACKENDS.items() if name != "reference"}
 
 _EMBEDS = "Tensor image_embeds, Tensor text_embeds, Tensor? scale_tensor, float scale"
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] output_size, float temperature"
@@ -33,6 +31,7 @@ def _register(schema: str):
 
     def decorator(function):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        compat.hide_from_dynamo(function)
         _library.impl(function.__name__, function, "CompositeExplicitAutograd")
         return function
 
@@ -42,7 +41,17 @@ def _register(schema: str):
 def _fake(function):
     """Register the decorated function as the fake of the op that it is named after."""
     name = function.__name__.removesuffix("_fake")
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=_library)
+
+    def run(*arguments):
+        # cu_frames may stay on the CPU. Where one tensor of several is on meta PyTorch asks for the fake, too.
+        devices = {x.device for x in arguments if isinstance(x, Tensor) and x.is_floating_point()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the tensors of a call must be on one device, got {' and '.join(sorted(map(str, devices)))}; move them"
+            )
+        return function(*arguments)
+
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=_library)
 
 
 def _register_autograd(function, save, backward):
@@ -55,27 +64,35 @@ def _register_autograd(function, save, backward):
     op = getattr(ops, name).default
 
     def run(keys, arguments):
-        if keys.raw_repr() & _BELOW_AUTOGRAD in _PLAIN:
+        if compat.is_plain(keys):
             return function(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+        with compat.below_autograd():
+            return op.redispatch(compat.keys_below_autograd(keys), *arguments)
 
     def run_and_save(ctx, *arguments):
         *arguments, keys = arguments
-        output = run(keys, arguments)
+        if compat.in_transform():  # `apply` switched gradients off, which outer levels of torch.func still want
+            with torch.enable_grad():
+                output = run(keys, arguments)
+        else:
+            output = run(keys, arguments)
         save(ctx, arguments, output)
         return output
 
+    @compat.hide_from_dynamo
     def run_backward(ctx, *grads):
         return *backward(ctx, *grads), None  # for the keys
 
     methods = dict(forward=staticmethod(run_and_save), backward=staticmethod(run_backward))
     gradient = type(name, (torch.autograd.Function,), methods)
 
+    @compat.hide_from_dynamo
     def autograd(keys, *arguments):
-        if forward_ad._current_level >= 0:
+        if compat.in_forward_mode():
             _check_no_tangents(arguments)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and compat.any_requires_grad(*arguments):
+            if compat.in_transform():
+                return compat.apply_in_transform(gradient, *arguments, keys)
             return gradient.apply(*arguments, keys)
         return run(keys, arguments)
 
@@ -93,13 +110,23 @@ def _check_no_tangents(arguments) -> None:
         )
 
 
+def _kernels(backend: str, clips: Tensor):
+    """The module that computes a call for these clips."""
+    if backend not in _KERNELS:
+        raise ValueError(
+            f"backend of a registered op must be one of {', '.join(_KERNELS)}, got {backend!r}; the reference is plain "
+            "PyTorch, which the functions of the package call"
+        )
+    return _KERNELS[backend] if clips.numel() else empty
+
+
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 @_register(f"prompt_relevance({_EMBEDS}, {_WHERE}) -> Tensor")
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
-    return BACKENDS[backend].prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames)
+    return _kernels(backend, image_embeds).prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames)
 
 
 @_fake
@@ -109,7 +136,7 @@ def prompt_relevance_fake(image_embeds, text_embeds, scale_tensor, scale, cu_fra
 
 @_register(f"prompt_relevance_backward(Tensor grad, Tensor relevance, {_EMBEDS}, {_WHERE}) -> (Tensor, Tensor, Tensor)")
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames, backend):
-    return BACKENDS[backend].prompt_relevance_backward(
+    return _kernels(backend, image_embeds).prompt_relevance_backward(
         grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames
     )
 
@@ -123,7 +150,7 @@ def prompt_relevance_backward_fake(grad, relevance, image_embeds, text_embeds, s
 @_register(f"weighted_pool3d(Tensor values, Tensor? weights, {_WINDOW}, {_WHERE}) -> Tensor")
 def weighted_pool3d(values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend):
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
-    return BACKENDS[backend].weighted_pool3d(values, weights, window, temperature, cu_frames)
+    return _kernels(backend, values).weighted_pool3d(values, weights, window, temperature, cu_frames)
 
 
 @_fake
@@ -152,7 +179,7 @@ def weighted_pool3d_backward(
     grad, values, weights, kernel_size, stride, output_size, temperature, cu_frames, backend, need_values, need_weights
 ):
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
-    return BACKENDS[backend].weighted_pool3d_backward(
+    return _kernels(backend, values).weighted_pool3d_backward(
         grad, values, weights, window, temperature, cu_frames, need_values, need_weights
     )
 
@@ -172,7 +199,7 @@ def prompt_guided_pool3d(
     backend,
 ):  # fmt: skip
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
-    return BACKENDS[backend].prompt_guided_pool3d(
+    return _kernels(backend, values).prompt_guided_pool3d(
         values, image_embeds, text_embeds, scale_tensor, scale, window, temperature, cu_frames
     )
 
@@ -194,7 +221,7 @@ _PROJECTED = f"Tensor features, Tensor text_embeds, Tensor? scale_tensor, float 
 @_register(f"guide_relevance({_PROJECTED}) -> (Tensor, Tensor)")
 def guide_relevance(features, *arguments):
     """(relevance, cosines), the second for the backward."""
-    return BACKENDS[arguments[-1]].guide_relevance(features, *arguments[:-1])
+    return _kernels(arguments[-1], features).guide_relevance(features, *arguments[:-1])
 
 
 @_fake
@@ -208,7 +235,7 @@ def guide_relevance_fake(features, *arguments):
 )
 def guide_relevance_backward(grad, relevance, cosines, features, *arguments):
     *arguments, backend, need_features, need_text, need_norm, need_guide = arguments
-    return BACKENDS[backend].guide_relevance_backward(
+    return _kernels(backend, features).guide_relevance_backward(
         features, grad, relevance, cosines, *arguments, need_features, need_text, need_norm, need_guide
     )
 
@@ -235,7 +262,7 @@ def hidden_pool3d(
     features, weights, linear_1_weight, linear_1_bias, kernel_size, stride, output_size, temperature, cu_frames, backend
 ):
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
-    return BACKENDS[backend].hidden_pool3d(
+    return _kernels(backend, features).hidden_pool3d(
         features, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames
     )
 
@@ -257,7 +284,7 @@ def hidden_pool3d_backward(
     backend, need_features, need_weights, need_weight, need_bias,
 ):  # fmt: skip
     window = Window(tuple(kernel_size), tuple(stride), tuple(output_size))
-    return BACKENDS[backend].hidden_pool3d_backward(
+    return _kernels(backend, features).hidden_pool3d_backward(
         features, grad, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames, need_features,
         need_weights, need_weight, need_bias,
     )  # fmt: skip

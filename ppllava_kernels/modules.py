@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import check_name
 from .checks import check_channels_last, check_logit_scale, check_temperature, check_tensors
+from .compat import FakeTensor
 from .functional import (
     Size,
     prompt_guided_pool3d,

@@ -125,11 +125,52 @@ def check_fits(what: str, size: Sequence[int], window: Window) -> None:
         )
 
 
+def empty_shape(shape: Sequence[int], window: Window, ragged: bool) -> tuple[int, ...]:
+    """The shape of what is pooled of no video: of values [0, T, H, W, D], or [0, H, W, D] where ragged."""
+    if 0 in shape[1:]:
+        raise ValueError(
+            f"only the batch of a call may be empty, got shape {list(shape)}; leave out videos without patches"
+        )
+    height, width, channels = shape[-3:]
+    # Packed clips that are not there have no length that the kernel could not fit into.
+    frames = shape[1] if not ragged else window.kernel_size[0] if window.kernel_size else 1
+    check_fits("the clip", (frames, height, width), window)
+    frames, rows, columns = output_shape((frames, height, width), *window)
+    lead = (0,) if ragged and window.kernel_size else (0, frames)
+    return *lead, rows, columns, channels
+
+
+def check_sizes(window: Window) -> None:
+    """Raise where `window` is none that `make_window` makes: torch.ops take any numbers."""
+    sizes = [*window.kernel_size, *window.stride, *window.output_size]
+    if [len(size) for size in window] not in ([3, 3, 0], [0, 0, 3]) or any(not 0 < n < 2**31 for n in sizes):
+        got = ", ".join(f"{name}={list(size)}" for name, size in zip(Window._fields, window))
+        raise ValueError(
+            "either kernel_size and stride or output_size must be three positive ints below 2**31, and the other "
+            f"empty, got {got}; pass for example [2, 3, 3], [2, 3, 3] and []"
+        )
+
+
+def check_axes(shape: Sequence[int], ragged: bool) -> None:
+    """Raise where clips have neither the axes [B, T, H, W, channels] nor, if ragged, [F, H, W, channels]."""
+    if len(shape) != (4 if ragged else 5):
+        how = "[F, H, W, channels] with" if ragged else "[B, T, H, W, channels] without"
+        raise ValueError(
+            f"the clips of a call must be {how} cu_frames, got shape {list(shape)}; pack the frames of all videos "
+            "exactly where cu_frames is given"
+        )
+
+
 def frame_counts(cu_frames: Tensor, total: int) -> list[int]:
     """Frames of each video, read from `cu_frames` int32 [B+1]: starts at 0, never decreases, ends at `total`.
 
     A `cu_frames` on a GPU costs one synchronisation here; on the CPU none.
     """
+    if cu_frames.dtype != torch.int32 or cu_frames.dim() != 1 or cu_frames.shape[0] == 0:
+        raise ValueError(
+            f"cu_frames must be int32 [B+1], got {cu_frames.dtype} of shape {list(cu_frames.shape)}; "
+            "pass 0 and the cumulative sum of the frames of each video"
+        )
     ends = cu_frames.tolist()  # [B+1]
     if ends[0] != 0:
         raise ValueError(f"cu_frames must start at 0, got {ends[0]}; prepend the 0 of the first video")

@@ -152,3 +152,49 @@ def test_forward_mode_is_refused(op, place):
     with pytest.raises(RuntimeError, match=f"^{re.escape(why)}$"):
         derivative(backend)
     assert derivative("reference").abs().max() > 0
+
+
+def in_two(op, place):
+    """The same function of two tensors on a backend and on the reference."""
+    backend, device = place
+    inputs = {name: x.detach() for name, x in make(op, SMALL, device).items()}
+    names = OPS[op][:2]
+
+    def on(backend):
+        def run(*tensors):
+            out = call(op, inputs | dict(zip(names, tensors)), SMALL, backend=backend, temperature=0.3)
+            return out.square().sum()
+
+        return run
+
+    return on(backend), on("reference"), tuple(inputs[name] for name in names)
+
+
+@pytest.mark.parametrize("op", ["weighted_pool3d", "prompt_guided_pool3d", "weighted_project"])
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "vmap", "vmap_of_grad", "grad_of_vmap"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func(op, transform, place):
+    function, reference, tensors = in_two(op, place)
+    both = tuple(range(2))
+    twice = tuple(torch.stack([x, 0.5 * x]) for x in tensors)
+    transforms = {
+        "grad": lambda f: torch.func.grad(f, both)(*tensors),
+        "jacrev": lambda f: torch.func.jacrev(lambda *x: f(*x).view(1).expand(2) * 3, both)(*tensors),
+        "vmap": lambda f: (torch.func.vmap(f)(*twice),),
+        "vmap_of_grad": lambda f: torch.func.vmap(torch.func.grad(f, both))(*twice),
+        "grad_of_vmap": lambda f: torch.func.grad(lambda *x: torch.func.vmap(f)(*x).sum(), both)(*twice),
+    }
+    for actual, expected in zip(transforms[transform](function), transforms[transform](reference), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["grad_of_grad", "hessian"])
+def test_second_derivatives_of_torch_func_are_refused(transform, place):
+    function, reference, (first, second) = in_two("weighted_pool3d", place)
+    transforms = {
+        "grad_of_grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x, second).square().sum())(first),
+        "hessian": lambda f: torch.func.hessian(lambda x: f(first, x))(second),
+    }
+    assert transforms[transform](reference).abs().max() > 0
+    with pytest.raises(RuntimeError, match=f"^backend='{place[0]}' has no .*; use backend='reference', which is plain"):
+        transforms[transform](function)

@@ -1,6 +1,7 @@
 """Which backend can run, and the one sentence that says why another cannot, before anything is launched."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from cases import GUIDE, LAYERS, Case, make_projector_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppllava_kernels
-from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
+from ppllava_kernels import compat, prompt_guided_project, weighted_pool3d, weighted_project
 from ppllava_kernels.backends import BACKENDS, PROJECTOR, best_backend, cpp, cuda
 
 VALUES = torch.randn(2, 4, 6, 6, 8)  # [B, T, H, W, D]
@@ -71,7 +72,7 @@ class CudaTensor:
 def other_gpu(monkeypatch):
     """A GPU of compute capability 7.5 with a driver for CUDA 12.6, and kernels compiled with that."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=7, minor=5))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12060, raising=False)
+    monkeypatch.setattr(compat, "driver_version", lambda: 12060)
     monkeypatch.setattr(cuda, "missing", None)
     monkeypatch.setattr(cuda, "_version", "12.8")
     monkeypatch.setattr(cuda, "_architectures", ["75"])
@@ -86,13 +87,20 @@ def test_cuda_without_a_gpu(monkeypatch):
     assert ppllava_kernels.why_not("cuda") == expected
 
 
-def test_cuda_that_was_not_built(monkeypatch):
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("there was no nvcc when it was installed", "install the CUDA toolkit"),
+        ("PPLLAVA_CUDA_ARCHS=none when it was installed", "unset PPLLAVA_CUDA_ARCHS"),
+    ],
+)
+def test_cuda_that_was_not_built(monkeypatch, reason, remedy):
     monkeypatch.setattr(cuda, "missing", None)
     monkeypatch.setattr(cuda, "_architectures", [])
-    monkeypatch.setattr(cuda, "_without", "there was no nvcc when it was installed")
+    monkeypatch.setattr(cuda, "_without", reason)
     expected = (
-        "this installation has no CUDA kernels (there was no nvcc when it was installed); install the CUDA toolkit, "
-        "then pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels, or use backend=None"
+        f"this installation has no CUDA kernels ({reason}); {remedy}, then pip install --no-build-isolation "
+        "--force-reinstall --no-deps --no-cache-dir . in the folder of the sources, or use backend=None"
     )
     assert cuda.why_not(CudaTensor) == expected
     monkeypatch.setattr(cuda, "missing", "the C++ extension is not there")
@@ -211,37 +219,14 @@ def test_the_projector_where_cpp_was_not_built(monkeypatch):
         project(backend="cpp")
 
 
-FEATURES = torch.randn(1, 4, 6, 6, 8)
-WEIGHT = torch.randn(16, 8)
-RELEVANCE, EMBEDS, TEXT = torch.rand(1, 4, 6, 6), torch.randn(1, 4, 6, 6, 5), torch.randn(1, 5)
-WHERE = ((2, 3, 3), (2, 3, 3), (), 0.01, None, "cpp")
-DIRECT = {
-    "a row for each of 8 windows, got [1, 16]": (
-        "hidden_pool3d_backward",
-        (torch.randn(1, 1, 1, 1, 16), FEATURES, None, WEIGHT, None, *WHERE, True, False, True, False),
-    ),
-    "a row for each of 8 windows, got [1, 1, 1, 1, 8]": (
-        "weighted_pool3d_backward",
-        (torch.randn(1, 1, 1, 1, 8), FEATURES, RELEVANCE, *WHERE, True, True),
-    ),
-    "a gradient of the pooled shape and dtype": (
-        "weighted_pool3d_backward",
-        (torch.randn(1, 2, 2, 2, 7), FEATURES, RELEVANCE, *WHERE, True, True),
-    ),
-    "Float for each patch of [1, 4, 6, 6, 5], got Float [1, 4, 6, 5]": (
-        "prompt_relevance_backward",
-        (RELEVANCE[..., 1:], RELEVANCE, EMBEDS, TEXT, None, 1.0, None, "cpp"),
-    ),
-    "Float for each patch of [1, 4, 6, 6, 5], got Double [1, 4, 6, 6]": (
-        "prompt_relevance_backward",
-        (RELEVANCE, RELEVANCE.double(), EMBEDS, TEXT, None, 1.0, None, "cpp"),
-    ),
-}
-
-
-@pytest.mark.parametrize("message", DIRECT)
-def test_registered_ops_do_not_trust_their_caller(message):
-    """torch.ops is open to all; without these checks they read beyond the end of a tensor."""
-    name, arguments = DIRECT[message]
-    with pytest.raises(RuntimeError, match=f"^expected {re.escape(message)}"):
-        getattr(torch.ops.ppllava_kernels, name)(*arguments)
+def test_onnx_has_only_the_reference(monkeypatch):
+    """torch.onnx.export traces; PyTorch says that it does, so that no exporter need be installed here."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    message = "ONNX has no op for backend='cpp'; export with backend='reference', plain PyTorch"
+    trace = lambda backend: torch.jit.trace(lambda v: weighted_pool3d(v, None, **WINDOW, backend=backend), VALUES)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+            trace("cpp")
+        assert trace("reference")(VALUES).shape == (2, 2, 2, 2, 8)
+    weighted_pool3d(VALUES, None, **WINDOW, backend="cpp")  # outside of an export

@@ -428,3 +428,26 @@ def test_too_many_channels_for_cuda():
     image, text = torch.randn(1, 1, 1, 1, 60_000, device="cuda"), torch.randn(1, 60_000, device="cuda")
     with pytest.raises(RuntimeError, match="backend='cuda' could not run its kernel: image_embeds has more channels"):
         prompt_relevance(image, text, backend="cuda")
+
+
+def test_what_runs_between_two_graphs_is_left_alone():
+    """PyTorch breaks a graph where a shape depends on data. The op that it then calls is not compiled in pieces."""
+    from torch._dynamo.utils import counters
+
+    module = ppllava_kernels.PromptGuidedProjector(
+        torch.nn.LayerNorm(7), torch.nn.Linear(7, 5, bias=False), torch.nn.Linear(7, 12), torch.nn.Linear(12, 9),
+        **KERNEL, backend="cpp",
+    )  # fmt: skip
+    tensors = torch.randn(6, 3, 3, 7), torch.randn(2, 5), RAGGED
+    expected = module(*tensors)
+    for capture in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=capture):
+            actual = torch.compile(module, backend="eager")(*tensors)
+        torch.testing.assert_close(actual, expected)
+        reasons = " ".join(counters["graph_break"])
+        assert "_C" not in reasons, reasons
+        assert [reason.partition("\n")[0] for reason in counters["graph_break"]] == ["Dynamic shape operator"] * (
+            not capture
+        )

@@ -71,10 +71,17 @@ CHANGES = {
         "text_embeds must have the 16 channels of image_embeds, got 17; "
         "use image and text embeddings of one CLIP model",
     ),
-    "empty_batch": (
-        dict(values=torch.randn(0, T, H, W, D)),
+    "no_channels": (
+        dict(values=torch.randn(B, T, H, W, 0)),
         ValueError,
-        "values must not be empty, got shape [0, 4, 6, 6, 8]; skip the call for an empty batch",
+        "values must be [B, T, H, W, D] of which only B may be 0, got shape [2, 4, 6, 6, 0]; "
+        "leave out videos without patches",
+    ),
+    "no_embeds": (
+        dict(image_embeds=torch.randn(B, T, H, W, 0)),
+        ValueError,
+        "image_embeds must be [B, T, H, W, C] of which only B may be 0, got shape [2, 4, 6, 6, 0]; "
+        "leave out videos without patches",
     ),
     "neither_window": (
         dict(kernel_size=None),
@@ -294,14 +301,12 @@ CU_FRAMES = {
     "rank": (
         int32(0, 3, 8)[None],
         ValueError,
-        "cu_frames must be [B+1] for at least one video, got shape [1, 3]; "
-        "pass 0 and the cumulative sum of the frames of each video",
+        "cu_frames must be [B+1], got shape [1, 3]; pass 0 and the cumulative sum of the frames of each video",
     ),
-    "no_video": (
-        int32(0),
+    "nothing": (
+        int32(),
         ValueError,
-        "cu_frames must be [B+1] for at least one video, got shape [1]; "
-        "pass 0 and the cumulative sum of the frames of each video",
+        "cu_frames must be [B+1], got shape [0]; pass 0 and the cumulative sum of the frames of each video",
     ),
     "start": (
         int32(1, 3, 8),

@@ -55,7 +55,7 @@ def test_install_without_a_compiler(without_compiler):
     assert file.startswith(str(without_compiler))
     assert reason == (
         "the C++ extension is not there (no C++ compiler: /no/such/c++ was not found); install a C++17 compiler, then "
-        "pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels"
+        "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir . in the folder of the sources"
     )
     assert shape == "torch.Size([1, 1, 1, 1, 4])"
 

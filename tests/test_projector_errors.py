@@ -93,7 +93,8 @@ SHAPES = {
     ),
     "features_empty": (
         X(B, 0, H, W, V),
-        "features must not be empty, got shape [2, 0, 2, 3, 12]; skip the call for an empty batch",
+        "features must be [B, T, H, W, V] of which only B may be 0, got shape [2, 0, 2, 3, 12]; "
+        "leave out videos without patches",
     ),
     "features_strides": (
         X(B, V, T, H, W).movedim(1, -1),

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import products
+from ..extension import _C, missing
+from . import preconditions, products
 from .plan import clip_counts, make_plan
-
-try:
-    from .. import _C
-
-    missing = None
-except ImportError as error:
-    _C = None
-    # Written by setup.py where it could not build the extension.
-    _note = Path(__file__).parent.parent / "_C.missing"
-    _reason = _note.read_text().strip() if _note.exists() else str(error)
-    missing = (
-        f"the C++ extension is not there ({_reason}); install a C++17 compiler, then "
-        "pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels"
-    )
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -36,15 +22,16 @@ def why_not(*tensors: Tensor) -> str | None:
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
     relevance = image_embeds.new_empty(*image_embeds.shape[:-1], dtype=_accumulator(image_embeds))  # [B, T, H, W]
     counts = clip_counts(image_embeds, cu_frames)
-    _C.prompt_relevance(relevance, image_embeds, *_text(text_embeds, relevance, scale_tensor, scale), counts)
+    _C.prompt_relevance(relevance, image_embeds, *_text(text_embeds, relevance.dtype, scale_tensor, scale), counts)
     return relevance
 
 
 def prompt_relevance_backward(grad, relevance, image_embeds, text_embeds, scale_tensor, scale, cu_frames):
+    accumulator = _accumulator(image_embeds)
     grad_image = image_embeds.new_empty(*image_embeds.shape)  # [B, T, H, W, C]
-    grad_text = relevance.new_empty(*text_embeds.shape)  # [B, C]
-    grad_scale = relevance.new_empty(())
-    text, scale = _text(text_embeds, relevance, scale_tensor, scale)
+    grad_text = image_embeds.new_empty(*text_embeds.shape, dtype=accumulator)  # [B, C]
+    grad_scale = image_embeds.new_empty((), dtype=accumulator)
+    text, scale = _text(text_embeds, accumulator, scale_tensor, scale)
     counts = clip_counts(image_embeds, cu_frames)
     grads = grad_image, grad_text, grad_scale
     _C.prompt_relevance_backward(*grads, grad.contiguous(), relevance, image_embeds, text, scale, counts)
@@ -60,6 +47,7 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
 
 
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
+    preconditions.check_needed(weights=(need_weights, weights))
     plan = make_plan(values, window, cu_frames)
     accumulator = _accumulator(values)
     shares = torch.empty((plan.slots,), dtype=accumulator)
@@ -136,6 +124,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _text(text_embeds: Tensor, relevance: Tensor, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
-    text = _cast(text_embeds, relevance.dtype).contiguous()
+def _text(text_embeds: Tensor, dtype: torch.dtype, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
+    text = _cast(text_embeds, dtype).contiguous()
     return text, scale if scale_tensor is None else scale * scale_tensor.item()

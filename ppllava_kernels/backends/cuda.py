@@ -11,8 +11,9 @@ import sys
 import torch
 from torch import Tensor
 
-from . import products
-from .cpp import _C, missing
+from .. import compat
+from ..extension import _C, REINSTALL, missing
+from . import preconditions, products
 from .plan import clip_counts, make_plan
 
 # Space-separated: "90" for sm_90, "120+PTX" for code that any later GPU compiles when it loads it.
@@ -32,10 +33,8 @@ def why_not(*tensors: Tensor) -> str | None:
     if missing is not None:
         return missing
     if not _architectures:
-        return (
-            f"this installation has no CUDA kernels ({_without}); install the CUDA toolkit, then "
-            "pip install --force-reinstall --no-deps --no-build-isolation ppllava-kernels, or use backend=None"
-        )
+        remedy = "unset PPLLAVA_CUDA_ARCHS" if "PPLLAVA_CUDA_ARCHS" in _without else "install the CUDA toolkit"
+        return f"this installation has no CUDA kernels ({_without}); {remedy}, then {REINSTALL}, or use backend=None"
     if not tensors and not torch.cuda.is_available():
         return "cuda needs a CUDA GPU and this PyTorch finds none; use backend=None"
     return _why_not_device(tensors[0].device.index if tensors else torch.cuda.current_device())
@@ -50,7 +49,7 @@ def _why_not_device(index: int) -> str | None:
 def _ask_device(index: int) -> str | None:
     if torch.version.hip:
         return "cuda runs on NVIDIA GPUs and this PyTorch is for AMD's; use backend='triton'"
-    driver = torch._C._cuda_getDriverVersion()  # 13000 for CUDA 13.0
+    driver = compat.driver_version()
     if driver // 1000 < int(_version.partition(".")[0]):
         return (
             f"its kernels are compiled with CUDA {_version} and this driver is for CUDA "
@@ -80,12 +79,14 @@ def runs_on(architectures: list[str], major: int, minor: int) -> bool:
 
 def _device(x: Tensor):
     """The context that kernels on x are launched in: its GPU is the current one."""
+    if not x.is_cuda:
+        raise ValueError(why_not(x))
     return _HERE if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def _stream(x: Tensor) -> int:
-    """The current cudaStream_t; torch.cuda.current_stream wraps the same call in an object."""
-    return torch._C._cuda_getCurrentRawStream(x.device.index)
+    """The current cudaStream_t."""
+    return compat.current_raw_stream(x.device.index)
 
 
 def prompt_relevance(image_embeds, text_embeds, scale_tensor, scale, cu_frames):
@@ -118,6 +119,7 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
 
 
 def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
+    preconditions.check_needed(weights=(need_weights, weights))
     plan = make_plan(values, window, cu_frames)
     shares = torch.empty((plan.slots,), dtype=torch.float32, device=values.device)
     grad_scores = torch.empty_like(shares) if need_weights else None

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import preconditions
 from .plan import clip_counts
 
 # Patches and channels of a tile: as few as the products do not slow down for, so that it stays in the cache.
@@ -140,6 +141,7 @@ def _by_clip(x: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
 def guide_relevance(
     kernels, features, text_embeds, scale_tensor, scale, norm_weight, norm_bias, norm_eps, guide_weight, cu_frames
 ):
+    preconditions.check_guide(features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames)
     counts, dtype = clip_counts(features, cu_frames), _accumulator(features)
     text = text_embeds.to(dtype).contiguous()
     cosines = features.new_empty(features.shape[:-1], dtype=dtype)
@@ -175,6 +177,8 @@ def guide_relevance_backward(
     guide_weight, cu_frames, need_features, need_text, need_norm, need_guide,
 ):  # fmt: skip
     """Gradients of features, text_embeds, scale_tensor, norm_weight, norm_bias and guide_weight."""
+    preconditions.check_guide(features, text_embeds, scale_tensor, norm_weight, norm_bias, guide_weight, cu_frames)
+    preconditions.check_patches(features, grad=grad, relevance=relevance, cosines=cosines)
     # e = P LN(x), e^ = e / |e|, cos = e^ . c^, l = s cos;  dcos = s dl
     # de = dcos (c^ - cos e^) / |e|;  dc^ = sum_i dcos_i e^_i;  dc = (dc^ - (dc^ . c^) c^) / |c|
     counts, dtype = clip_counts(features, cu_frames), _accumulator(features)
@@ -248,11 +252,12 @@ def _tile_buffer(features: Tensor, channels: int) -> tuple[int, Tensor]:
 
 @_without_autocast
 def hidden_pool3d(kernels, features, weights, linear_1_weight, linear_1_bias, window, temperature, cu_frames):
+    layer = linear_1_weight, linear_1_bias
+    preconditions.check_hidden(features, weights, *layer, window, temperature, cu_frames)
     cu_frames = None if cu_frames is None else cu_frames.cpu()  # where each of the next two would wait for it
     plan, width = kernels.make_plan(features, window, cu_frames), linear_1_weight.shape[0]
     shares = kernels.window_shares(features, weights, temperature, plan)
-    lead = plan.pooled_shape[:-1]
-    sums = features.new_zeros(*lead, width, dtype=_accumulator(features))  # [windows, D]
+    sums = features.new_zeros(*plan.lead, width, dtype=_accumulator(features))  # [windows, D]
     step, buffer = _tile_buffer(features, width)
     for tile in tiles(features, clip_counts(features, cu_frames)):
         rows = _operand(tile.rows)
@@ -270,8 +275,12 @@ def hidden_pool3d_backward(
     need_weights, need_weight, need_bias,
 ):  # fmt: skip
     """Gradients of features, weights, linear_1_weight and linear_1_bias; z is computed again, tile by tile."""
+    layer = linear_1_weight, linear_1_bias
+    preconditions.check_hidden(features, weights, *layer, window, temperature, cu_frames)
+    preconditions.check_needed(weights=(need_weights, weights), bias=(need_bias, linear_1_bias))
     cu_frames = None if cu_frames is None else cu_frames.cpu()  # where each of the next two would wait for it
     plan, width = kernels.make_plan(features, window, cu_frames), linear_1_weight.shape[0]
+    preconditions.check_windows(grad, plan.lead, width, features)
     dtype = _accumulator(features)
     shares = kernels.window_shares(features, weights, temperature, plan)
     dots = torch.zeros_like(shares) if need_weights else None

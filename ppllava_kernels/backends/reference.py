@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shapes import Window, frame_counts, largest_window, output_shape, ragged_outputs
+from ..shapes import Window, empty_shape, frame_counts, largest_window, output_shape, ragged_outputs
 
 EPS = 1e-12  # as torch.nn.functional.normalize
 
@@ -19,7 +19,10 @@ def why_not(*tensors: Tensor) -> str | None:
 
 def prompt_relevance(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float | Tensor, cu_frames: Tensor | None):
     if cu_frames is not None:
-        clips = image_embeds.split(frame_counts(cu_frames, image_embeds.shape[0]))  # B x [T, H, W, C]
+        counts = frame_counts(cu_frames, image_embeds.shape[0])
+        if not counts:
+            return prompt_relevance(image_embeds[:, None], text_embeds, logit_scale, None)[:, 0]
+        clips = image_embeds.split(counts)  # B x [T, H, W, C]
         pairs = zip(clips, text_embeds)
         return torch.cat([prompt_relevance(x[None], c[None], logit_scale, None)[0] for x, c in pairs])  # [F, H, W]
     dtype = torch.promote_types(torch.promote_types(image_embeds.dtype, text_embeds.dtype), torch.float32)
@@ -35,6 +38,9 @@ def weighted_pool3d(
         weights = values.new_zeros(values.shape[:-1], dtype=torch.promote_types(values.dtype, torch.float32))
     if cu_frames is not None:
         counts = frame_counts(cu_frames, values.shape[0])
+        if not counts:  # the sum of nothing, so that gradients flow
+            total = values.sum() + weights.sum().to(values.dtype)
+            return total.expand(empty_shape(values.shape, window, ragged=True))
         ragged_outputs(counts, *values.shape[1:3], window)
         clips = zip(values.split(counts), weights.split(counts))
         pooled = [weighted_pool3d(v[None], w[None], window, temperature, None)[0] for v, w in clips]

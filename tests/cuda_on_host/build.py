@@ -1,5 +1,6 @@
 """ppllava_kernels._C with the CUDA kernels compiled for this CPU, for tests alone.
 
+    build_cpu(folder)                folder/_C.so of the CPU kernels alone, under ASan
     build(folder)                    folder/_C.so under ASan and UBSan; races=True: with the check of races instead
     environment(folder)              what a process needs in its environment to load it
     load(folder)                     in that process, before ppllava_kernels is imported: the module in place of its _C
@@ -15,6 +16,7 @@ import fcntl
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -85,6 +87,28 @@ def build(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     return _make(folder, "_C.so", sources, ["-shared", *_link_flags(sanitize, races), *libraries])
 
 
+def build_cpu(folder: Path) -> Path:
+    """The CPU kernels alone, under ASan, for the plain instruction set and one of vectors."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    common = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address", "-fvisibility=hidden", abi]
+    common += ["-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H", '-DPPLLAVA_CUDA_MISSING="a fuzzer"']
+    common += [f"-isystem{path}" for path in (sysconfig.get_path("include"), *include_paths())]
+    sets = {"DEFAULT": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        sets["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+        common += ["-DPPLLAVA_X86", "-DPPLLAVA_AVX512=AVX2"]
+    sources = [(CSRC / "bindings.cpp", common)]
+    for name, flags in sets.items():
+        these = [*common, *flags, f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
+        sources += [(path, these, f"{name}.") for path in sorted((CSRC / "cpu").glob("*.cpp"))]
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    return _make(folder, "_C.so", sources, ["-shared", "-fsanitize=address", *libraries])
+
+
 def build_selftest(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     """An executable of selftest.cu."""
     _check()
@@ -147,8 +171,11 @@ def _library(name: str) -> str:
     ).stdout.strip()
 
 
-def _make(folder: Path, name: str, sources: list[tuple[Path, list[str]]], flags: list[str]) -> Path:
-    """folder/name of the sources, each with its flags; processes that want the same one wait for each other."""
+def _make(folder: Path, name: str, sources: list[tuple], flags: list[str]) -> Path:
+    """folder/name of the sources, each with its flags and, where it is compiled twice, a name of its own.
+
+    Processes that want the same one wait for each other.
+    """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
@@ -158,8 +185,8 @@ def _make(folder: Path, name: str, sources: list[tuple[Path, list[str]]], flags:
     return folder / name
 
 
-def _object(folder: Path, source: Path, flags: list[str]) -> Path:
-    target = folder / f"{source.name}.o"
+def _object(folder: Path, source: Path, flags: list[str], name: str = "") -> Path:
+    target = folder / f"{name}{source.name}.o"
     depends = target.with_suffix(".d")
     inputs = []
     if depends.exists():

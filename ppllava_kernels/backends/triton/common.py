@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...shapes import Window, largest_window, most_windows, output_shape, ragged_outputs
+from ...compat import current_raw_stream
+from ...shapes import Window, check_sizes, largest_window, most_windows, output_shape, ragged_outputs
 from ..plan import clip_counts
 
 
@@ -117,6 +118,8 @@ def make_plan(x: Tensor, cu_frames: Tensor | None, window: Window | None = None)
 
 @lru_cache(maxsize=256)
 def _plan(counts: tuple[int, ...], height: int, width: int, window: Window | None, dense: bool) -> Plan:
+    if window is not None:
+        check_sizes(window)
     batch, frames = len(counts), max(counts)
     parts = [parts_of(n, height * width) for n in counts]
     outputs, spans, slots = ([0] * batch for _ in range(3))
@@ -175,7 +178,7 @@ def clip_arguments(plan: Plan, device: torch.device) -> dict:
         if not any(table is x for x in _captured):
             _captured.append(table)
         return plan.clips | dict(clips=table)
-    current = torch._C._cuda_getCurrentRawStream(device.index) if cuda else None
+    current = current_raw_stream(device.index) if cuda else None
     if table is None or stream != current:
         # Not pinned, so that CUDA has read the host's memory when this returns.
         table = torch.tensor(plan.table).to(device, non_blocking=True)

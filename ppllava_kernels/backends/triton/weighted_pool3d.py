@@ -235,8 +235,8 @@ def weighted_pool3d(values, weights, window, temperature, cu_frames):
     return pool(values, weights, make_plan(values, cu_frames, window), temperature)[0]
 
 
-def weighted_pool3d_backward(grad, values, weights, window, temperature, cu_frames, need_values, need_weights):
-    plan, device, grad = make_plan(values, cu_frames, window), values.device, grad.contiguous()
+def weighted_pool3d_backward(grad, values, weights, plan, temperature, need_values, need_weights):
+    device, grad = values.device, grad.contiguous()
     shares = torch.empty((plan.slots,), dtype=torch.float32, device=device)
     dots = torch.empty_like(shares) if need_weights else None
     means = shares.new_empty(plan.windows, dtype=torch.float64) if need_weights else None

@@ -1,0 +1,1 @@
+"""Random calls of the ops: `python -m fuzz` in tests/, or `make fuzz`."""
