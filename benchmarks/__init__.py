@@ -1,1 +1,7 @@
 """Benchmarks: `python -m benchmarks.kernels`, then `python -m benchmarks.table` writes the numbers into the docs."""
+
+import logging
+
+# transformers imports torchao where it is installed, which warns of each of its GPU libraries that a CPU lacks.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)

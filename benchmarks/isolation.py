@@ -61,6 +61,10 @@ def isolated_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> 
                 except EOFError:
                     blame(*worker.about, worker.end(), crashed, settings.work.peers)
                     worker = None
+    except KeyboardInterrupt:
+        if worker is not None:
+            worker.process.kill()
+        raise
     finally:
         if worker is not None:
             worker.end()
@@ -123,6 +127,7 @@ class Worker:
 
 
 def work(pipe: Connection, settings: Settings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the first one ends this one
     runner = settings.runner(lambda *about: pipe.send(("about", about)))
     warm_up_compiler(settings.device)
     while True:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching import alone, one_thread  # noqa: F401
 from PIL import Image
 
 import ppllava_kernels
@@ -36,14 +37,8 @@ def eager_peers(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """The shapes are tiny, and threads that wait for each other on a busy machine take most of the time."""
+def small_cache(monkeypatch):
     monkeypatch.setattr("benchmarks.timing.last_level_cache", lambda: 1 << 20)
-    monkeypatch.setattr("benchmarks.machine.cores_busy", lambda: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- shapes and inputs
@@ -214,10 +209,24 @@ def test_out_of_memory_is_a_row(eager_peers, monkeypatch, tmp_path):
     assert quick(tmp_path, "--dtypes", "fp32", "--directions", "forward") == 0
     rows = {row["variant"]: row for row in rows_of(tmp_path)}
     for name in (report.ORIGINAL, report.COMPILED_ORIGINAL):
-        assert (rows[name]["status"], rows[name]["reason"]) == ("failed", "out of memory")
+        assert (rows[name]["status"], rows[name]["reason"]) == ("does not fit", "out of memory")
     assert rows[report.REORDERED]["status"] == "ok"
     assert rows[report.REORDERED]["memory_percent"] is None
     assert (tmp_path / "projector.png").exists()
+
+
+def test_a_failure_fails_the_command_and_says_why(eager_peers, monkeypatch, tmp_path, capsys):
+    def broken(shape):
+        def run(tensors):
+            if tensors["features"].dtype == torch.float32:
+                raise ValueError("no such layer")
+            return projector_baselines.original(shape)(tensors)
+
+        return run
+
+    monkeypatch.setattr(projector_runner, "original", broken)
+    assert quick(tmp_path, "--dtypes", "fp32", "--directions", "forward") == 1
+    assert "FAILED: prompt_guided_project tiny_clip fp32 forward original: ValueError: no" in capsys.readouterr().out
 
 
 def test_the_time_limit_starts_nothing_that_would_pass_it(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching import alone  # noqa: F401
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -102,11 +103,33 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(steps.ppllava, "encode_video", too_large)
-    assert command(tmp_path) == 0
+    assert command(tmp_path) == 0  # which is a result
     rows = rows_of(tmp_path)
     assert {name for name, row in rows.items() if row["status"] != "ok"} == {STEPS[-2].name, STEPS[-1].name}
     assert rows[STEPS[-2].name]["reason"] == "out of memory"
     assert rows[STEPS[-2].name]["ratio"] is None
+
+
+def test_a_failure_fails_the_command_and_says_why(tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise ValueError("a video must be a path")
+
+    monkeypatch.setattr(steps.ppllava, "encode_video", broken)
+    assert command(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED: {STEPS[-2].name}: ValueError: a video must be a path" in out
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps.ppllava, "batch", stopped)
+    with pytest.raises(SystemExit) as error:
+        command(tmp_path)
+    assert error.value.code == 130
+    assert not (tmp_path / "steps.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; nothing was measured yet")
 
 
 def test_the_time_limit_leaves_steps_out_and_says_so(tmp_path):

@@ -5,10 +5,10 @@ import json
 import sys
 import types
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from benching import alone  # noqa: F401
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -23,8 +23,7 @@ CASES = [(family.name, variant) for family in SUBJECTS for variant in VARIANTS]
 
 
 def command(folder, *arguments):
-    with mock.patch("benchmarks.machine.cores_busy", return_value=0.0):  # which takes a second
-        return swap.main(["--preset", "tiny", "--device", "cpu", "--quick", "--out", str(folder), *arguments])
+    return swap.main(["--preset", "tiny", "--device", "cpu", "--quick", "--out", str(folder), *arguments])
 
 
 def rows_of(folder):
@@ -145,7 +144,7 @@ def test_what_fails_stops_nothing_else(tmp_path, monkeypatch):
     assert command(tmp_path) == 0
     for (family, _), row in rows_of(tmp_path).items():
         assert (row["status"], row["reason"]) == (
-            ("ok", None) if family == QwenVL.name else ("failed", "out of memory")
+            ("ok", None) if family == QwenVL.name else ("does not fit", "out of memory")
         )
 
 
@@ -165,7 +164,17 @@ def test_a_check_that_cannot_run_fails_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(swap_gate, "logits", too_large)
     assert command(tmp_path) == 0
     for (_, variant), row in rows_of(tmp_path).items():
-        assert row["status"] == ("ok" if variant == STOCK else "failed")
+        assert row["status"] == ("ok" if variant == STOCK else "does not fit")
+
+
+def test_a_failure_fails_the_command_and_says_why(tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(swap, "SUBJECTS", SUBJECTS[:1])
+    monkeypatch.setattr(swap_gate, "logits", broken)
+    assert command(tmp_path) == 1
+    assert "FAILED: LLaVA-NeXT-Video, compressed, 2 visual tokens: ValueError: no such layer" in capsys.readouterr().out
 
 
 def test_the_time_limit_leaves_rows_out_and_says_so(tmp_path, capsys):
