@@ -68,6 +68,12 @@ def cpu_name() -> str:
     return re.sub(r"\((R|TM)\)| CPU| @.*| \d+-Core Processor", "", name, flags=re.IGNORECASE).strip()
 
 
+def cpu_ticks(stat: str) -> tuple[int, int]:
+    """(busy, all) ticks of all cores so far, from the text of /proc/stat."""
+    ticks = [int(n) for n in stat.splitlines()[0].split()[1:9]]  # user nice system idle iowait irq softirq steal
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
