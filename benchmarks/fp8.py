@@ -270,12 +270,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why and (kind(args.device) == "cuda" or version("torchao") is None):
         raise SystemExit(why)
     machine = machine_info(args.device, ["python", "-m", "benchmarks.fp8", *words])
-    try:
-        models, processor = build(args)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise SystemExit(
-            f"float32, bf16 and fp8 do not fit on {args.device} side by side; pass --preset small"
-        ) from error
     rows, left_out, last = [], [], 0.0
 
     def late(seconds: float, what: str) -> bool:
@@ -284,6 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return what in left_out
 
     with Results("fp8", machine, args.out, args.chosen) as results:
+        try:
+            models, processor = build(args)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise SystemExit(
+                f"float32, bf16 and fp8 do not fit on {args.device} side by side; pass --preset small"
+            ) from error
         for i, frames in enumerate(args.frames):
             begin = time.monotonic()
             if late(last * frames / args.frames[i - 1], f"{frames} frames"):

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration, PreTrainedModel
+from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration, PreTrainedModel, logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
@@ -56,6 +56,7 @@ def build_models(
         model, processor = presets.build(preset, dtype=dtype, device=device)
         peer = presets.build_peer(preset, dtype=dtype, device=device)
     else:
+        logging.disable_progress_bar()
         model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model = model.to(device).eval()
         processor = PPLlavaProcessor.from_pretrained(folder, trust_remote_code=False)

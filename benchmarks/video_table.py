@@ -10,7 +10,7 @@ from .report import MARK, show
 from .video_report import AGAINST, OPS_OFF, PARTS, PEER, PPLLAVA, Longest, best, shares
 
 PAST = "\\*"
-LEFT_OUT, FOR_TIME = "left out", "left out for lack of time"
+LEFT_OUT = "left out"
 Lines = list[list[str]]
 
 
@@ -107,7 +107,7 @@ def _longest(result: dict) -> list[str]:
     each = [Longest(**each) for each in result["longest"]]
     for one in each:
         if one.why == LEFT_OUT:  # the reason is a time
-            one.why, one.reason = FOR_TIME, None
+            one.reason = None
     return ["The longest video that ran:", *(one.sentence() for one in each)] if each else []
 
 
@@ -123,12 +123,14 @@ def _notes(result: dict) -> list[str]:
             f"{PAST}: more than the positions that its language model was configured for. It is run all the same where "
             "memory and time allow, but its answer would be worth nothing."
         )
-    bad: dict[tuple[str, str], list[str]] = {}
+    bad: dict[str, dict[str, list[str]]] = {}
     for row in result["rows"]:
         if row["status"] != "ok":
-            why = FOR_TIME if row["status"] == LEFT_OUT else f"{row['status']} ({row['reason']})"
-            bad.setdefault((row["variant"], why), []).append(f"{row['frames']:,}")
-    notes += [f"{variant}, {_and(frames)} frames: {why}." for (variant, why), frames in bad.items()]
+            why = LEFT_OUT if row["status"] == LEFT_OUT else f"{row['status']} ({row['reason']})"
+            bad.setdefault(why, {}).setdefault(row["variant"], []).append(f"{row['frames']:,}")
+    for why, variants in bad.items():
+        each = "; ".join(f"{variant}, {_and(frames)} frames" for variant, frames in variants.items())
+        notes.append(f"{'Left out for lack of time' if why == LEFT_OUT else why.capitalize()}: {each}.")
     return notes + report.doubts_of(result["rows"], lambda row: f"{row['variant']}, {row['frames']:,} frames")
 
 

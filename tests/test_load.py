@@ -13,12 +13,12 @@ import torch
 from benchmarks import baselines, kernels, load, report, timing
 
 pytestmark = pytest.mark.skipif(load.read_ticks() is None, reason="needs /proc of Linux")
-BURN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
+BURN = "import time\nwhile time.process_time() < {}: pass"  # so many seconds of a core
 
 
 @contextlib.contextmanager
 def busy_stranger():
-    """A process that uses a core for a minute at most, and does not come from this one."""
+    """A process that uses a core, for a minute of its time at most, and does not come from this one."""
     start = f"{sys.executable} -c '{BURN.format(60)}' > /dev/null 2>&1 & echo $!"
     process = int(subprocess.run(["sh", "-c", start], check=True, capture_output=True, text=True).stdout)
     try:
@@ -37,19 +37,24 @@ def test_own_processes_are_not_others():
     ended = own_seconds()
     assert ended - before > 0.2
     with subprocess.Popen([sys.executable, "-c", BURN.format(60)]) as child:
-        time.sleep(0.5)
-        running = own_seconds() - ended
-        child.kill()
-    assert running > 0.1
+        try:
+            for _ in range(600):  # of a busy machine
+                if (running := own_seconds() - ended) > 0.2:
+                    break
+                time.sleep(0.05)
+        finally:
+            child.kill()
+    assert running > 0.2
 
 
 def test_a_stranger_is_another():
-    found, before = load.Load(), own_seconds()
+    found, before = load.Load(), load.read_ticks()
     with busy_stranger(), load.watch(found):
-        time.sleep(0.5)
-    assert own_seconds() - before < 0.2
-    assert found.wall_s == pytest.approx(0.5, abs=0.4)
-    assert found.others_s + found.steal_s > 0.1
+        time.sleep(1.0)
+    own = own_seconds() - before.own
+    assert own < 0.5
+    assert found.wall_s >= 1.0
+    assert found.others_s + found.steal_s > 0.4
 
 
 def test_the_text_of_proc_stat():

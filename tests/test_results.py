@@ -3,10 +3,11 @@
 import argparse
 import json
 import logging
+import subprocess
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import machine, report, results
 from benchmarks.load import Load
 from benchmarks.report import Outcome
 from benchmarks.results import Results, chosen
@@ -34,8 +35,8 @@ def made(count=10, **changes):
     return rows
 
 
-def finished(rows, options=(), out=None, machine=CPU):
-    with Results("steps", machine, out, options) as file:
+def finished(rows, options=(), out=None):
+    with Results("steps", CPU, out, options) as file:
         file.save({}, rows)
         return file.close(rows)
 
@@ -129,10 +130,30 @@ def test_make_benchmark_and_make_gpu_choose_nothing(benchmark):
     assert parse(["--device", "cpu", "--quick"]).chosen == ["--quick"]
 
 
+def test_make_benchmark_runs_the_others_after_one_failed(tmp_path):
+    """And Ctrl-C stops all of them. With a Python that does nothing but that."""
+    (tmp_path / "bin").mkdir()
+    python, log = tmp_path / "bin" / "python", tmp_path / "log"
+
+    def make(code):
+        log.write_text("")
+        python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *kernels*) exit {code};; esac\n')
+        python.chmod(0o755)
+        (tmp_path / "ready").touch()
+        command = ["make", "benchmark", f"VENV={tmp_path}", "OUT=here"]
+        done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=60)
+        return done.returncode, [line.split()[1].removeprefix("benchmarks.") for line in log.read_text().splitlines()]
+
+    every = ["throughput", "kernels", "projector", "steps", "swap", "fp8", "table"]
+    assert make(0) == (0, every)
+    assert make(1) == (2, every)  # of make, which names the exit code of the command
+    assert make(130) == (2, every[:2])
+
+
 # ---- doubts
 
 
-def doubts(machine=CPU, percent=None, **changes):
+def doubts(where=CPU, percent=None, **changes):
     class Some(Outcome):
         samples = changes.pop("samples", 2)
 
@@ -140,8 +161,8 @@ def doubts(machine=CPU, percent=None, **changes):
             return percent
 
     row = Some(**changes)
-    row.judge(machine)
-    return row.doubts, row.unsteady(machine)
+    row.judge(where)
+    return row.doubts, row.unsteady(where)
 
 
 def test_what_is_doubted():
