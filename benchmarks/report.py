@@ -270,8 +270,7 @@ def doubts_of(rows: Iterable[dict], name: Callable[[dict], str]) -> list[str]:
     for row in rows:
         for why in (row.get("doubts") or {}).values():
             found.setdefault(why, []).append(name(row))
-    listed = [f"{', '.join(names)}: {why}" for why, names in found.items()]
-    return [f"{MARK}: not to be believed. {'; '.join(listed)}."] if listed else []
+    return [f"{MARK}: not to be believed ({why}): {'; '.join(names)}." for why, names in found.items()]
 
 
 WIDE = 10_000  # columns, in which any table finds room

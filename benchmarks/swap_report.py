@@ -112,7 +112,7 @@ def _cell(row: dict, name: str, absolute: bool) -> str:
     ratio = row["ratios"].get(name)
     times = "-" if ratio is None else f"{ratio:.2f}" if ratio < 9.95 else show(ratio)
     times = "1" if row["variant"] == STOCK and ratio is not None else times
-    if name != "visual_tokens" and row.get("doubts"):
+    if name != "visual_tokens" and ratio is not None and row.get("doubts"):
         times += MARK
     if not absolute:
         return times

@@ -147,7 +147,8 @@ def test_the_chart_and_the_table_show_this_file(ran, tmp_path):
     folder.mkdir(parents=True)
     result = json.loads((ran / "steps.json").read_text())
     for row, ratio in zip(result["rows"], (2.0, 1.5, 1.0, 1.2, 0.9, 1.1, 1.0, 2.0)):
-        row["ratio"] = ratio
+        row["ratio"], row["doubts"] = ratio, {}
+    result["rows"][1]["doubts"] = {"samples": "one sample"}
     result["rows"][6].update(status="failed", reason="out of memory", ratio=None)
     (folder / "steps.json").write_text(json.dumps(result))
     (tmp_path / "README.md").write_text("<!-- begin: steps -->\n<!-- end: steps -->\n")
@@ -156,6 +157,8 @@ def test_the_chart_and_the_table_show_this_file(ran, tmp_path):
     assert "| attention by SDPA | transformers' default | 2.00 | 2.00 | yes |" in text
     assert "| vision tower compiled | `model.model.vision_tower.compile()` | 0.90 |  | no |" in text
     assert "| batches, each clip encoded once | `ppllava.batch`, `ppllava run` | 2.00 | 7.20 | yes |" in text
+    assert "| no unused layers in the vision tower | always | 1.50? | 3.00 | yes |" in text
+    assert "?: not to be believed (one sample): no unused layers in the vision tower." in text
     assert "frames decoded while the tower runs: failed (out of memory)." in text
     assert (folder / "steps.png").exists()
 

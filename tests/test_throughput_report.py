@@ -275,7 +275,7 @@ def test_the_tables_mark_what_is_not_to_be_believed(rows, tmp_path):
     lines, more = video_table.full(result)
     assert [line[1] for line in lines[2:7]] == [PPLLAVA, PPLLAVA, f"{PEER} ?", f"{PEER} ?", PEER_TUNED]
     for each in (notes, more):
-        assert any("LLaVA-NeXT-Video, 8 frames: others used 0.6 of the 2 cores" in note for note in each)
+        assert "?: not to be believed (others used 0.6 of the 2 cores): LLaVA-NeXT-Video, 8 frames." in each
 
 
 def test_the_column_of_best_batches_is_there_where_they_were_searched(rows, tmp_path):
