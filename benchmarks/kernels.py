@@ -31,6 +31,7 @@ from .runner import Case
 from .shapes import CPU_SHAPES, DTYPES, FULL_SHAPES, OPS, SHAPES
 
 MAIN_SHAPE = "vicuna7b_video"
+TIME_LIMIT = {"cpu": 75.0, "cuda": None}  # of what is measured by default
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -42,16 +43,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small shape in one dtype")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=1.5, metavar="S", help="seconds of timing for each direction")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="start no case after this; says what it left out")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="start nothing that would pass it; without --shapes on a CPU {cpu:.0f}; 0: none".format(**TIME_LIMIT),
+    )
     parser.add_argument("--no-isolation", action="store_true", help="in this process, which a bad variant can crash")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
     args.chosen = chosen(args, ("shapes", "dtypes", "ops", "backends", "quick"))
+    if args.time_limit is None and not args.shapes:
+        args.time_limit = TIME_LIMIT[torch.device(args.device).type]
     return args
 
 
 def plan(args: argparse.Namespace) -> list[Case]:
-    """What is asked for; by default what says most in a few minutes, on a GPU every shape in bf16."""
+    """What is asked for; by default what says most first, as a time limit may leave out the rest."""
     cuda = torch.device(args.device).type == "cuda"
     if args.quick:
         pairs = [(MAIN_SHAPE if cuda else "small_video", "bf16")]
@@ -63,7 +71,9 @@ def plan(args: argparse.Namespace) -> list[Case]:
         shapes = args.shapes or dict.fromkeys(name for name, _ in pairs)
         dtypes = args.dtypes or dict.fromkeys(dtype for _, dtype in pairs)
         pairs = [(name, dtype) for name in shapes for dtype in dtypes]
-    return [Case(op, SHAPES[name], dtype) for name, dtype in pairs for op in args.ops or OPS]
+    if cuda or args.shapes or args.dtypes or args.quick:
+        return [Case(op, SHAPES[name], dtype) for name, dtype in pairs for op in args.ops or OPS]
+    return [Case(op, SHAPES[name], dtype) for op in args.ops or reversed(OPS) for name, dtype in pairs]
 
 
 @contextmanager
@@ -87,19 +97,26 @@ def run(
     time_limit: float | None = None,
     cost: Callable[[Case], float] = lambda case: 0.0,
 ) -> list[Measured]:
-    """Rows of the cases, saved as they come. Nothing is started that by its cost would end after the time limit."""
+    """Rows of the cases, saved as they come. Nothing is started that by its cost would end after the time limit.
+
+    cost: of a case, in a unit of its own; how long that takes, the cases before it tell
+    """
     rows: list[Measured] = []
-    start, done = time.monotonic(), 0.0
+    start = time.monotonic()
+    steady = costs = 0.0  # seconds of the cases that nobody disturbed, and their costs
+    before: tuple[Case, float, int] | None = None  # the one that ran last, when it began, how many rows there were
     with report.progress() as progress:
         task = progress.add_task("", total=len(cases))
 
         def enough(case: Case) -> bool:
             progress.update(task, description=str(case))
-            nonlocal done
-            passed = time.monotonic() - start
-            expected = passed * cost(case) / done if done else 0.0
-            late = passed + expected > (time_limit or float("inf"))
-            done += 0 if late else cost(case)
+            nonlocal steady, costs, before
+            now = time.monotonic()
+            if before is not None and not any(row.doubts for row in rows[before[2] :]):
+                steady, costs = steady + now - before[1], costs + cost(before[0])
+            expected = steady * cost(case) / costs if costs else 0.0
+            late = now - start + expected > (time_limit or float("inf"))
+            before = None if late else (case, now, len(rows))
             return late
 
         for some in (isolated_rows if isolated else local_rows)(cases, settings, enough):
@@ -140,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         save([])
         with fresh_compile_cache():
-            rows = run(cases, settings, save, not args.no_isolation, args.time_limit)
+            rows = run(cases, settings, save, not args.no_isolation, args.time_limit, lambda case: 1.0)
         path, wrote = results.close(rows)
     lines = [f"left out after --time-limit: {name}" for name in left_out(rows)]
     lines += [wrote, chart.draw_roofline(path), report.machine_line(machine)]

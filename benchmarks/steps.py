@@ -164,7 +164,7 @@ class Found:
 
 
 def measure(args: argparse.Namespace, save: Callable[[list[StepRow]], object]) -> list[StepRow]:
-    """Rows of all steps; the ways take turns, after one call of each that is not timed."""
+    """Rows of all steps; the ways take turns, after a call of some that is not timed."""
     start = time.monotonic()
     with report.progress() as progress, tempfile.TemporaryDirectory() as folder:
         plan = list(ways(args.device))
@@ -175,13 +175,19 @@ def measure(args: argparse.Namespace, save: Callable[[list[StepRow]], object]) -
             for way, one in found.items():
                 progress.update(task, description=f"{args.preset} {args.dtype}, turn {turn} of {args.repeats}")
                 late = args.time_limit and time.monotonic() - start > args.time_limit
-                if not (one.failed or late):
+                if not (one.failed or late or (turn == 0 and not warms_up(way, args.device))):
                     _turn(job, way, one, timed=turn > 0)
                     save([row for row in make_rows(plan, found, job, args) if row.status != "left out"])
                 progress.advance(task)
         rows = make_rows(plan, found, job, args)
         save(rows)
     return rows
+
+
+def warms_up(way: Way, device: str) -> bool:
+    """Whether its first call is not timed: where it compiles, and what a process does once. A GPU's first call of any
+    way is slower than those after it."""
+    return torch.device(device).type == "cuda" or way.compiled_tower or way.static_cache or way == Way()
 
 
 def _turn(job: Job, way: Way, one: Found, timed: bool) -> None:

@@ -45,7 +45,7 @@ DEFAULTS = {
         "batch": 1,
         "new_tokens": 16,
         "repeats": 3,
-        "time_limit": 410.0,
+        "time_limit": 380.0,
         "row_limit": 240.0,
     },
     "cuda": {
@@ -109,7 +109,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--time-limit",
         type=float,
         metavar="S",
-        help=f"start nothing that would pass it, but for {first} frames; default: 410, on a GPU 1200",
+        help=f"start nothing that would pass it, but for {first} frames; default: 380, on a GPU 1200",
     )
     parser.add_argument(
         "--row-limit", type=float, metavar="S", help="leave out rows that take longer; default: 240, on a GPU 120"
