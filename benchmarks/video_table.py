@@ -45,7 +45,7 @@ def short(result: dict) -> tuple[Lines, list[str]]:
             reasons = dict.fromkeys(_trouble(ours, rows[name]) for name in AGAINST)
             cells[-len(columns) :] = [" / ".join(reasons), *["-"] * (len(columns) - 1)]
         lines.append(cells)
-    best_batches = "; and each at the batch with the most videos/s" if len(columns) == 5 else ""
+    best_batches = ", and each at the batch with the most videos/s" if len(columns) == 5 else ""
     notes = [
         f"{PPLLAVA} / {PEER}: visual tokens. x: how many times better {PPLLAVA} is than {PEER} with our settings / as "
         f"users run it, below 1 is worse; at batch {result['protocol']['batch'] or 1}{best_batches}. Bound: how many "
@@ -129,7 +129,7 @@ def _notes(result: dict) -> list[str]:
             why = LEFT_OUT if row["status"] == LEFT_OUT else f"{row['status']} ({row['reason']})"
             bad.setdefault(why, {}).setdefault(row["variant"], []).append(f"{row['frames']:,}")
     for why, variants in bad.items():
-        each = "; ".join(f"{variant}, {_and(frames)} frames" for variant, frames in variants.items())
+        each = "; ".join(f"{variant}, at {_and(frames)} frames" for variant, frames in variants.items())
         notes.append(f"{'Left out for lack of time' if why == LEFT_OUT else why.capitalize()}: {each}.")
     return notes + report.doubts_of(result["rows"], lambda row: f"{row['variant']}, {row['frames']:,} frames")
 

@@ -222,8 +222,8 @@ def test_table_writes_and_checks(project):
     assert "| 8 | 256 / 1,152 | 4.5 | 6.0 | 3.0 / 4.0 | 50 / 67 | 3.0 / 4.0 | - / 7.0 | 3.2 / 3.2 |" in text
     cells = "4.5 | 6.0 | left out / does not fit | - | - | - | -"
     assert f"| 3,600 | 115,200 / 518,400\\* | {cells} |" in text
-    assert "Left out for lack of time: LLaVA-NeXT-Video, our settings, 3,600 frames." in text
-    assert "Does not fit (out of memory): LLaVA-NeXT-Video, 3,600 frames." in text
+    assert "Left out for lack of time: LLaVA-NeXT-Video, our settings, at 3,600 frames." in text
+    assert "Does not fit (out of memory): LLaVA-NeXT-Video, at 3,600 frames." in text
     assert "900 s" not in text  # of a CPU
     assert "LLaVA-NeXT-Video: 8 frames, 1,152 visual tokens; 3,600 frames: does not fit (out of memory)." in text
     assert "**CUDA GPU**: not measured yet." in text
