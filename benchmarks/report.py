@@ -329,9 +329,11 @@ def finish(rows: Sequence[Outcome], tables: Iterable[Grid], lines: Iterable[str 
     def tell(line: str, style: str | None = None) -> None:
         out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    for row in rows:
-        if row.doubts:
-            tell(f"{MARK} {row.head()}: {', '.join(row.doubts.values())}", "yellow")
+    for kind in ("load", "samples", "bound"):
+        doubted = [row for row in rows if kind in row.doubts]
+        more = f" and {len(doubted) - 1} more of {len(rows)} rows" if len(doubted) > 2 else ""
+        for row in doubted[: 1 if more else 2]:
+            tell(f"{MARK} {row.head()}{more}: {row.doubts[kind]}", "yellow")
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     for row in bad:
         tell(f"{row.status.upper()}: {row.head()}: {row.reason}", "bold red")

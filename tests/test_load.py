@@ -106,5 +106,5 @@ def test_a_benchmark_beside_a_busy_process_is_marked(tmp_path, monkeypatch, caps
         assert row["load"]["others_s"] + row["load"]["steal_s"] > 0.2 * row["load"]["wall_s"] > 0
         assert "others used " in row["doubts"]["load"]
     out = capsys.readouterr().out
-    assert "? prompt_relevance tiny_video fp32 forward reference: others used " in out
+    assert "? prompt_relevance tiny_video fp32 forward reference and 7 more of 8 rows: others used " in out
     assert "?/" in out  # in the table

@@ -178,7 +178,7 @@ def test_the_command_writes_json_and_chart_that_agree(name, eager_peers, tmp_pat
     digest = hashlib.sha256((tmp_path / "projector.json").read_bytes()).hexdigest()
     with Image.open(tmp_path / "projector.png") as image:
         assert image.info["Source"].endswith(digest)
-    assert "% products" in capsys.readouterr().out
+    assert f"{name}, fp32, forward / both" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

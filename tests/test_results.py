@@ -195,6 +195,11 @@ def test_what_does_not_fit_is_no_failure(capsys):
     rows[3].doubts = {"samples": "one sample"}
     assert report.finish(rows, [], []) == 1
     assert capsys.readouterr().out == "? 3: one sample\nFAILED: 2: ValueError: [no] such layer\n"
+    rows = made(60)
+    for row in rows[:50]:
+        row.doubts = {"load": "others used 1.0 of the 2 cores"}
+    assert report.finish(rows, [], []) == 0
+    assert capsys.readouterr().out == "? 0 and 49 more of 60 rows: others used 1.0 of the 2 cores\n"
 
 
 def test_a_benchmark_starts_without_the_noise_of_others():
