@@ -244,7 +244,7 @@ def test_the_command(folder, tmp_path, capsys):
     result = json.loads((tmp_path / "here" / "fp8.json").read_text())
     assert result["protocol"]["emulated"]
     assert result["protocol"]["left_out"] == []
-    assert [(row["frames"], row["visual_tokens"], row["samples"]) for row in result["rows"]] == [(2, 4, 6), (5, 8, 6)]
+    assert [(row["frames"], row["visual_tokens"], row["samples"]) for row in result["rows"]] == [(2, 4, 3), (5, 8, 3)]
     for row in result["rows"]:
         assert row["status"] == "ok"
         assert row["ms"] == {}

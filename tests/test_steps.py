@@ -129,7 +129,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
         command(tmp_path)
     assert error.value.code == 130
     assert not (tmp_path / "steps.json").exists()
-    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; nothing was measured yet")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; its 7 rows are in ")
+    assert len(report.read(tmp_path / "steps.partial.json", "steps")["rows"]) == len(STEPS) - 1
 
 
 def test_the_time_limit_leaves_steps_out_and_says_so(tmp_path):
