@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"start nothing that would pass it, but for {first} frames; default: 380, on a GPU 1200",
     )
     parser.add_argument(
-        "--row-limit", type=float, metavar="S", help="leave out rows that take longer; default: 240, on a GPU 120"
+        "--row-limit", type=float, metavar="S", help="as --time-limit, for each row; default: 240, on a GPU 120"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)

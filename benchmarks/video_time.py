@@ -74,11 +74,13 @@ class Pacing:
 
     def too_late(self, job: Job) -> str | None:
         """Why a row is left out."""
+        first = job.videos.footage.count in FIRST and job.variant in (PPLLAVA, PEER)
+        if first and job.videos.batch == (self.args.batch or 1):
+            return None
         seconds, limit = self.seconds(job), self.args.row_limit
         if limit is not None and seconds > limit:
             return f"would take about {seconds:.0f} s, --row-limit is {limit:.0f}"
-        first = job.videos.footage.count in FIRST and job.variant in (PPLLAVA, PEER)
-        if not (first and job.videos.batch == (self.args.batch or 1)) and self.late(seconds):
+        if self.late(seconds):
             return f"would take about {seconds:.0f} s, which --time-limit {self.args.time_limit:.0f} does not leave"
         return None
 
