@@ -93,14 +93,15 @@ class Sweep:
         jobs = {variant: self._job(variant, videos) for variant in VARIANTS}
         rows = {variant: self._row(job) for variant, job in jobs.items()}
         self.found |= {(frames, variant, batch): row for variant, row in rows.items()}
-        parts = {}
+        parts, owed = {}, 0.0
         for variant, job in jobs.items():
             if trouble:
                 rows[variant].fail(*trouble)
-            elif why := self.pacing.too_late(job):
+            elif why := self.pacing.too_late(job, owed):
                 rows[variant].fail(why, "left out")
-            else:
-                parts[variant] = self._gate(job, rows[variant])
+            elif sample := self._gate(job, rows[variant]):
+                parts[variant] = sample
+                owed += (self.pacing.samples(sample.generate) - (not self.cuda)) * sample.generate
         samples = self._time(jobs, rows, parts)
         self._finish(frames, jobs, rows, samples)
 

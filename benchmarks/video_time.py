@@ -72,15 +72,15 @@ class Pacing:
         """Of a row, when one takes so many seconds."""
         return min(self.args.repeats, max(SAMPLES, int(SAMPLES_S / max(seconds, 1e-9))))
 
-    def too_late(self, job: Job) -> str | None:
-        """Why a row is left out."""
+    def too_late(self, job: Job, owed: float = 0.0) -> str | None:
+        """Why a row is left out. owed: seconds of the samples that rows before it have not had yet."""
         first = job.videos.footage.count in FIRST and job.variant in (PPLLAVA, PEER)
         if first and job.videos.batch == (self.args.batch or 1):
             return None
         seconds, limit = self.seconds(job), self.args.row_limit
         if limit is not None and seconds > limit:
             return f"would take about {seconds:.0f} s, --row-limit is {limit:.0f}"
-        if self.late(seconds):
+        if self.late(seconds + owed):
             return f"would take about {seconds:.0f} s, which --time-limit {self.args.time_limit:.0f} does not leave"
         return None
 

@@ -32,6 +32,7 @@ def test_what_a_row_will_take_is_told_by_its_flops(tmp_path):
     pacing.args.row_limit = None
     assert "1060 s, which --time-limit 1000 does not leave" in pacing.too_late(job(PEER, 16))
     assert pacing.too_late(job(PPLLAVA, 16)) is None
+    assert "600 s, which --time-limit 1000 does not leave" in pacing.too_late(job(PPLLAVA, 16), owed=401.0)
     pacing.start -= 401
     assert "600 s, which --time-limit 1000 does not leave" in pacing.too_late(job(PPLLAVA, 16))
 
@@ -44,6 +45,15 @@ def test_the_peer_is_never_left_out_at_32_and_64_frames(tmp_path):
         return [v for v in VARIANTS if some.pacing.too_late(some._job(v, videos))]
 
     assert [left_out(n) for n in (16, 32, 64)] == [[*VARIANTS], *[[PEER_TUNED, OPS_OFF]] * 2]
+
+
+def test_the_samples_that_earlier_rows_still_need_are_kept_free(monkeypatch, tmp_path):
+    some, owed = sweep("--repeats", "3")(tmp_path), {}
+    monkeypatch.setattr(some, "_gate", lambda job, row: video_runs.Sample(generate=10.0, first_token=1.0))
+    monkeypatch.setattr(some, "_time", lambda *args: {})
+    monkeypatch.setattr(some.pacing, "too_late", lambda job, owed_: owed.setdefault(job.variant, owed_) and None)
+    some.measure(4)
+    assert owed == dict(zip(VARIANTS, (0.0, 10.0, 20.0, 30.0)))  # two samples of each, of which one is there
 
 
 def test_a_row_that_was_disturbed_tells_nothing_of_the_next(tmp_path):
