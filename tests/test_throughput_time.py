@@ -51,6 +51,7 @@ def test_the_samples_that_earlier_rows_still_need_are_kept_free(monkeypatch, tmp
     some, owed = sweep("--repeats", "3")(tmp_path), {}
     monkeypatch.setattr(some, "_gate", lambda job, row: video_runs.Sample(generate=10.0, first_token=1.0))
     monkeypatch.setattr(some, "_time", lambda *args: {})
+    monkeypatch.setattr(some, "_finish", lambda *args: None)
     monkeypatch.setattr(some.pacing, "too_late", lambda job, owed_: owed.setdefault(job.variant, owed_) and None)
     some.measure(4)
     assert owed == dict(zip(VARIANTS, (0.0, 10.0, 20.0, 30.0)))  # two samples of each, of which one is there
