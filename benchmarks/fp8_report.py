@@ -71,12 +71,10 @@ def _times(taken: dict[str, Spread]) -> list[str]:
 
 
 def fp8_block(results: Path, folder: Path) -> str:
-    """The tables of each device that has a fp8.json, GPUs first."""
-    found = [report.read(path, "fp8") for path in sorted(results.glob("*/fp8.json"))]
-    found.sort(key=lambda result: result["machine"]["type"] != "cuda")
-    measured = {result["machine"]["type"] for result in found}
-    missing = [name for type_, name in (("cuda", "CUDA GPU"), ("cpu", "CPU")) if type_ not in measured]
-    return "\n\n".join([*map(fp8_device, found), *(f"**{name}**: not measured yet." for name in missing)])
+    """The tables of each device that has a fp8.json, and its chart if there is one; GPUs first."""
+    from .table import device_tables  # which imports this module
+
+    return device_tables(results, folder, "fp8", fp8_device)
 
 
 def fp8_device(result: dict) -> str:
