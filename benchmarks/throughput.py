@@ -59,7 +59,7 @@ DEFAULTS = {
         "row_limit": 120.0,
     },
 }
-QUICK = {"preset": "small", "frames": [4], "repeats": 1, "new_tokens": 4, "batch": 1}
+QUICK = {"preset": "small", "frames": [4], "repeats": 2, "new_tokens": 4, "batch": 1}
 
 
 def complete(
@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto", help="default: auto, the GPU if there is one")
     parser.add_argument("--repeats", type=int, metavar="N", help="samples of a row, at most; default: 3, on a GPU 5")
-    parser.add_argument("--quick", action="store_true", help="the small preset, few frames and tokens, once, batch 1")
+    parser.add_argument("--quick", action="store_true", help="the small preset, few frames and tokens, batch 1")
     first = " and ".join(map(str, FIRST))
     parser.add_argument(
         "--time-limit",
