@@ -16,14 +16,13 @@ SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o 
 
 .PHONY: benchmark regress test test-newest test-oldest test-video fuzz lint format table lock dist hub smoke gpu clean
 
+# A command that fails fails this, too, when the others have run; Ctrl-C (130) stops all of them.
 benchmark: $(VENV)/ready  ## measure the model, the ops and the projector on this machine; JSON, PNG and the README's tables
-	$(BIN)/python -m benchmarks.throughput $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.kernels $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.projector $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.steps $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.swap $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.fp8 $(if $(OUT),--out $(OUT))
-	$(BIN)/python -m benchmarks.table
+	@status=0; for name in throughput kernels projector steps swap fp8; do \
+		echo "python -m benchmarks.$$name"; \
+		$(BIN)/python -m benchmarks.$$name $(if $(OUT),--out $(OUT)) && continue; \
+		status=$$?; test $$status != 130 || exit 130; \
+	done; $(BIN)/python -m benchmarks.table && exit $$status
 
 regress: $(VENV)/ready  ## make regress BASE=main: fails where an op became over 10 % slower since that commit
 	$(BIN)/python -m benchmarks.regress "$(BASE)"

@@ -4,7 +4,8 @@
     python -m benchmarks.fp8 --model FOLDER
 
 One model in float32, bfloat16 and fp8 sees the same clips, questions and answer. On a CPU fp8 is emulated, and nothing
-is timed. Rows go to benchmarks/results/<device>/fp8.json.
+is timed. Rows go to benchmarks/results/<device>/fp8.json, and where anything but --device or a limit was chosen, or
+others disturbed the run, to the folder `unofficial` there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from . import chart, report, timing
-from .machine import check_device, machine_info, results_folder, version
-from .report import Outcome, show
+from .fp8_report import ERRORS, Fp8Row, Spread, failures, fp8_tables
+from .load import watch
+from .machine import check_device, machine_info, version
+from .results import Results, chosen
 
 if TYPE_CHECKING:
     from ppllava import PPLlavaForConditionalGeneration, PPLlavaProcessor
@@ -40,36 +42,12 @@ ANSWER = (
     "a wall of grey stones, a narrow window in the middle of it, and the shadow of a tree that somebody planted there."
 )
 DEFAULTS = {
-    "cpu": {"preset": "small", "frames": [8, 16], "clips": 2, "time_limit": 100.0},
+    "cpu": {"preset": "small", "frames": [8], "clips": 1, "time_limit": 60.0},
     "cuda": {"preset": "vicuna-7b", "frames": [8, 32], "clips": 3, "time_limit": None},
 }
 QUICK = {"preset": "small", "frames": [4], "clips": 1}
 NEW_TOKENS, ROUNDS = 16, 5
-ERRORS = {
-    "visual_error": "visual tokens, %",
-    "logits_error": "logits after the prompt, %",
-    "kl": "KL, nats",
-    "equal_tokens": "equal tokens, %",
-}
-AGAINST = {"fp8": "fp8 against bf16", "bf16": "bf16 against float32"}
-PARTS = {"vision": "vision tower", "prefill": "prefill", "token": "each further token"}
-Spread = dict[str, float]  # p20, p50, p80
 Sample = tuple[Tensor, Tensor]  # visual tokens [tokens, D]; logits [POSITIONS, vocabulary]
-
-
-@dataclass(kw_only=True)
-class Fp8Row(Outcome):
-    """One model on clips of so many frames."""
-
-    frames: int
-    visual_tokens: int  # of one clip
-    samples: int  # clips times questions
-    weight_bytes: dict[str, int]  # dtype -> of all parameters
-    status: str = "ok"  # or "wrong"
-    reason: str | None = None
-    errors: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # of AGAINST -> ERRORS -> mean, worst
-    ms: dict[str, dict[str, Spread]] = field(default_factory=dict)  # of PARTS -> variant -> percentiles
-    failed: dict[str, dict[str, str]] = field(default_factory=dict)  # of PARTS -> variant -> why it has no time
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -78,13 +56,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=presets.NAMES, help="random weights; default: small, on a GPU vicuna-7b")
     parser.add_argument("--model", metavar="FOLDER", help="these weights instead")
-    parser.add_argument("--frames", nargs="+", type=int, metavar="N", help="default: 8 16, on a GPU 8 32")
+    parser.add_argument("--frames", nargs="+", type=int, metavar="N", help="default: 8, on a GPU 8 32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the small preset, one short clip, nothing compiled")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="start nothing that would pass it; on a CPU 100")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start nothing that would pass it; on a CPU 60")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
     check_device(parser, args.device)
+    args.chosen = chosen(args, ("preset", "model", "frames", "quick"))
     if args.model is not None and not os.path.isdir(args.model):
         parser.error(f"--model must be the folder of a model, got {args.model!r}, which is none")
     for name, value in {**DEFAULTS[kind(args.device)], **(QUICK if args.quick else {})}.items():
@@ -215,17 +194,17 @@ def time_row(row: Fp8Row, models: dict, given: dict[str, Tensor], device: str, c
         tower, language = model.model.encode_frames, model.model.language_model
         variants["vision"].append(timing.Variant(name, lambda _, run=tower: run(pixels, [row.frames])))
         variants["prefill"].append(timing.Variant(name, lambda _, run=language: run(**last)))
-    for part, some in variants.items():
-        times, row.failed[part] = timing.measure(some, timing.clock_for(device))
-        row.ms[part] = {name: milliseconds(taken) for name, taken in times.items()}
-
-    row.failed["token"], taken = {}, {name: [] for name in pair}
-    for _, (name, model) in product(range(1 + ROUNDS), pair.items()):  # in turns
-        if name not in row.failed["token"]:
-            try:
-                taken[name].append(token_seconds(model, given))
-            except Exception as error:
-                row.failed["token"][name] = timing.reason(error)
+    with watch(row.load):
+        for part, some in variants.items():
+            times, row.failed[part] = timing.measure(some, timing.clock_for(device))
+            row.ms[part] = {name: milliseconds(taken) for name, taken in times.items()}
+        row.failed["token"], taken = {}, {name: [] for name in pair}
+        for _, (name, model) in product(range(1 + ROUNDS), pair.items()):  # in turns
+            if name not in row.failed["token"]:
+                try:
+                    taken[name].append(token_seconds(model, given))
+                except Exception as error:
+                    row.failed["token"][name] = timing.reason(error)
     of = {name: some[1:] for name, some in taken.items() if name not in row.failed["token"]}  # the first compiled
     row.ms["token"] = {name: milliseconds(timing.Timing.of(some)) for name, some in of.items()}
 
@@ -294,13 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why and (kind(args.device) == "cuda" or version("torchao") is None):
         raise SystemExit(why)
     machine = machine_info(args.device, ["python", "-m", "benchmarks.fp8", *words])
-    path = (args.out or results_folder(machine)) / "fp8.json"
-    try:
-        models, processor = build(args)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise SystemExit(
-            f"float32, bf16 and fp8 do not fit on {args.device} side by side; pass --preset small"
-        ) from error
     rows, left_out, last = [], [], 0.0
 
     def late(seconds: float, what: str) -> bool:
@@ -308,64 +280,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             left_out.append(what)
         return what in left_out
 
-    for i, frames in enumerate(args.frames):
-        begin = time.monotonic()
-        if late(last * frames / args.frames[i - 1], f"{frames} frames"):
-            continue
-        row = measure_row(models, processor, frames, args)
-        last = time.monotonic() - begin
-        if kind(args.device) == "cuda" and row.status == "ok" and not late(0, f"times of {frames} frames"):
-            compiled = not args.quick and frames == args.frames[-1]
-            time_row(row, models, next(inputs(processor, frames, 1, args.device)), args.device, compiled)
-        rows.append(row)
-        report.write(path, "fp8", machine, protocol(args, left_out), [row.as_dict() for row in rows])
-    report.write(path, "fp8", machine, protocol(args, left_out), [row.as_dict() for row in rows])
-    lines = [fp8_device(report.read(path, "fp8")), "", f"wrote {path}", chart.draw_fp8(path)]
-    report.console().print("\n".join(lines), highlight=False, soft_wrap=True)
-    return 1 if any(row.status != "ok" for row in rows) else 0
-
-
-def fp8_block(results: Path, folder: Path) -> str:
-    """The tables and the chart of each device that has a fp8.json, GPUs first."""
-    from .table import device_tables  # which imports this module
-
-    return device_tables(results, folder, "fp8", fp8_device)
-
-
-def fp8_device(result: dict) -> str:
-    machine, setup, rows = result["machine"], result["protocol"], result["rows"]
-    errors = [["frames", "visual tokens", "", *ERRORS.values()], ["---:", "---:", "---", *["---:"] * len(ERRORS)]]
-    times = [["frames", "part", "bf16, ms", "fp8, ms", "x", "bf16 compiled, ms", "fp8 compiled, ms", "x"]]
-    times.append(["---:", "---", *["---:"] * 6])
-    notes = [f"Left out for lack of time: {', '.join(setup['left_out'])}."] if setup["left_out"] else []
-    for row in rows:
-        first = [str(row["frames"]), f"{row['visual_tokens']:,}"]
-        errors += [[*first, AGAINST[name], *cells(found)] for name, found in row["errors"].items()]
-        if row["status"] != "ok":
-            notes.append(f"{row['frames']} frames: {row['status']} ({row['reason']}).")
-        for part, taken in row["ms"].items():
-            ms = {name: time["p50"] for name, time in taken.items()}
-            pairs = [[ms.get(form.format(dtype)) for dtype in ("bf16", "fp8")] for form in ("{}", "compile({})")]
-            numbers = [n for bf16, fp8 in pairs for n in (bf16, fp8, bf16 / fp8 if bf16 and fp8 else None)]
-            times.append([str(row["frames"]), PARTS[part], *map(show, numbers)])
-            notes += [f"{PARTS[part]}, {name}: failed ({why})." for name, why in row["failed"][part].items()]
-    sizes = "".join(f", {show(n / 1e6)} MB in {name}" for row in rows[:1] for name, n in row["weight_bytes"].items())
-    clips = f"{setup['clips']} clips with {len(setup['questions'])} questions each"
-    note = [
-        f"Mean (worst) of {clips}; {setup['model']}{sizes}.",
-        *(["fp8 is emulated here, so nothing is timed."] if setup["emulated"] else []),
-        *(["x: how many times faster fp8 is, below 1 is slower."] if len(times) > 2 else []),
-        *notes,
-    ]
-    tables = ["\n".join(f"| {' | '.join(line)} |" for line in t) for t in (errors, times) if len(t) > 2]
-    source = f"`{machine['command']}`; {report.machine_line(machine)}, torchao {setup['torchao']}"
-    return "\n\n".join([f"**{machine['device']}**", *tables, " ".join(note), source])
-
-
-def cells(found: dict[str, dict[str, float]]) -> list[str]:
-    """Mean (worst) of each of ERRORS, for people."""
-    form = {name: (lambda x: f"{x:.1e}") if name == "kl" else (lambda x: show(100 * x)) for name in ERRORS}
-    return [f"{form[name](found[name]['mean'])} ({form[name](found[name]['worst'])})" for name in ERRORS]
+    with Results("fp8", machine, args.out, args.chosen) as results:
+        try:
+            models, processor = build(args)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise SystemExit(
+                f"float32, bf16 and fp8 do not fit on {args.device} side by side; pass --preset small"
+            ) from error
+        for i, frames in enumerate(args.frames):
+            begin = time.monotonic()
+            if late(last * frames / args.frames[i - 1], f"{frames} frames"):
+                continue
+            row = measure_row(models, processor, frames, args)
+            last = time.monotonic() - begin
+            if kind(args.device) == "cuda" and row.status == "ok" and not late(0, f"times of {frames} frames"):
+                compiled = not args.quick and frames == args.frames[-1]
+                time_row(row, models, next(inputs(processor, frames, 1, args.device)), args.device, compiled)
+            rows.append(row)
+            results.save(protocol(args, left_out), rows)
+        results.save(protocol(args, left_out), rows)
+        path, wrote = results.close(rows)
+    untimed = failures(rows)
+    lines = [*(f"left out after --time-limit: {what}" for what in left_out), *untimed, wrote, chart.draw_fp8(path)]
+    if kind(args.device) == "cpu":
+        lines.append("fp8 is emulated on a CPU, so nothing is timed.")
+    return report.finish(rows, fp8_tables(rows), [*lines, report.machine_line(machine)]) or int(bool(untimed))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -61,6 +62,10 @@ def isolated_rows(cases: Sequence[Case], settings: Settings, enough: Enough) -> 
                 except EOFError:
                     blame(*worker.about, worker.end(), crashed, settings.work.peers)
                     worker = None
+    except KeyboardInterrupt:
+        if worker is not None:
+            worker.process.terminate()
+        raise
     finally:
         if worker is not None:
             worker.end()
@@ -123,6 +128,8 @@ class Worker:
 
 
 def work(pipe: Connection, settings: Settings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the first one ends this one,
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which leaves nothing behind then
     runner = settings.runner(lambda *about: pipe.send(("about", about)))
     warm_up_compiler(settings.device)
     while True:

@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import subprocess
-import time
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ def machine_info(device: torch.device | str, command: list[str]) -> dict[str, ob
         "cuda": torch.version.cuda,
         "triton": version("triton"),
         "transformers": version("transformers"),
-        "cores_busy": None if cuda else cores_busy(),  # with others' work, right before the run
         **git_state(),
         "command": shlex.join(command),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -68,24 +66,6 @@ def cpu_name() -> str:
         match = None
     name = match.group(1) if match else platform.processor() or platform.machine()
     return re.sub(r"\((R|TM)\)| CPU| @.*| \d+-Core Processor", "", name, flags=re.IGNORECASE).strip()
-
-
-def cores_busy(seconds: float = 1.0) -> float | None:
-    """Cores that other processes use now: this one sleeps while it looks. None where the system does not say."""
-    try:
-        before = cpu_ticks(Path("/proc/stat").read_text())
-        time.sleep(seconds)
-        after = cpu_ticks(Path("/proc/stat").read_text())
-    except OSError:
-        return None
-    busy, all_ = (new - old for new, old in zip(after, before))
-    return round((os.cpu_count() or 1) * busy / max(all_, 1), 1)
-
-
-def cpu_ticks(stat: str) -> tuple[int, int]:
-    """(busy, all) ticks of all cores so far, from the text of /proc/stat."""
-    ticks = [int(n) for n in stat.splitlines()[0].split()[1:9]]  # user nice system idle iowait irq softirq steal
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def version(package: str) -> str | None:

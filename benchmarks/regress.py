@@ -11,16 +11,14 @@ takes over 10 % longer, or is wrong now; 2: it may, and the rounds disagree; 0: 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from . import report
+from .load import read_ticks
 from .report import show
 
 ROUNDS, MORE = 3, 6  # of every item; more of those that look slower
@@ -83,27 +81,18 @@ class Result:
 
 
 class Load:
-    """Cores that other processes used since it was made: all that was busy, without this process and its children."""
+    """Cores that other processes used since it was made, those of steal included."""
 
     def __init__(self):
-        self.start = self._now()
-
-    def _now(self) -> tuple[float, float, float] | None:
-        from .machine import cpu_ticks
-
-        try:
-            busy, _ = cpu_ticks(Path("/proc/stat").read_text())
-        except OSError:
-            return None
-        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+        self.start = read_ticks()
 
     def others(self) -> float | None:
-        """None where the system does not say. Children count when they have ended."""
-        now = self._now()
+        """None where the system does not say."""
+        now = read_ticks()
         if now is None or self.start is None:
             return None
-        wall, busy, own = (after - before for after, before in zip(now, self.start))
-        return max(0.0, busy - own) / max(wall, 1e-9)
+        wall, busy, steal, own = (after - before for after, before in zip(now, self.start))
+        return (max(busy - own, 0.0) + max(steal, 0.0)) / max(wall, 1e-9)
 
 
 def compare(

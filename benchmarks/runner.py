@@ -13,6 +13,7 @@ import ppllava_kernels
 from ppllava_kernels.backends import BACKENDS
 
 from . import baselines, gate, timing
+from .load import Load, watch
 from .report import COMPILED_ORIGINAL, COMPILED_REFERENCE, ORIGINAL, PEERS, Measured, Row, set_ratios
 from .shapes import DIRECTIONS, DTYPES, OPS, Inputs, Shape, flops, make_inputs, moved_bytes
 
@@ -156,10 +157,13 @@ class Runner:
         timing.release(self.device)
         ceilings = work.ceilings(direction)
         everything = [*variants, *(v for v, _ in ceilings)]
-        timings, failed = timing.measure(everything, self.clock, budget_s=self.budget_s, warm=slow)
+        load = Load()
+        with watch(load):
+            timings, failed = timing.measure(everything, self.clock, budget_s=self.budget_s, warm=slow)
         rates = {v.name: amount / timings[v.name].p50 for v, amount in ceilings if v.name in timings}
         for v in variants:
             row = rows[v.name]
+            row.load = load  # all of them take turns in it
             if v.name in failed:
                 row.fail(failed[v.name])
                 continue

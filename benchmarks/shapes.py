@@ -113,7 +113,7 @@ SHAPES = {
     )
 }
 FULL_SHAPES = tuple(name for name in SHAPES if not name.startswith(("small_", "tiny_")))
-CPU_SHAPES = ("vicuna7b_16frames",)
+CPU_SHAPES = ("vicuna7b_8frames",)
 
 
 @dataclass(frozen=True)

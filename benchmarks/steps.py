@@ -5,7 +5,8 @@
 
 The steps build on each other, from transformers' plain way, one request after the other, to `ppllava.batch`. One whose
 compilation takes longer than it saves on this device is measured, and then left out of what follows. Rows go to
-benchmarks/results/<device>/steps.json, with a chart beside it.
+benchmarks/results/<device>/steps.json, with a chart beside it, and where anything but --device or a limit was chosen,
+or others disturbed the run, to the folder `unofficial` there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from ppllava import presets
 from ppllava.video import read_video
 
 from . import chart, report, timing
-from .machine import machine_info, results_folder
-from .steps_report import StepRow, steps_table
+from .load import Load, watch
+from .machine import machine_info
+from .results import Results, chosen
+from .steps_report import StepRow, steps_tables
 from .throughput import DTYPES, complete
 from .video_models import CLIP_FPS, encode_clip
 
 QUESTIONS = ("What happens in this video, and in which order?", "Who is in it, and what do they do to each other?")
 DEFAULTS = {
-    "cpu": {"preset": "small", "dtype": "float32", "clips": 2, "frames": 16, "new_tokens": 8, "repeats": 2},
+    "cpu": {"preset": "small", "dtype": "float32", "clips": 1, "frames": 16, "new_tokens": 8, "repeats": 2},
     "cuda": {"preset": "vicuna-7b", "dtype": "bfloat16", "clips": 8, "frames": 32, "new_tokens": 32, "repeats": 3},
 }
 QUICK = {"clips": 1, "frames": 4, "new_tokens": 2, "repeats": 1}
@@ -150,41 +153,74 @@ class Job:
         return text.strip()
 
 
+@dataclass
+class Found:
+    """What a way to answer did."""
+
+    seconds: list[float] = field(default_factory=list)  # of all requests, in each turn that counts
+    load: Load = field(default_factory=Load)  # of other processes in these
+    answers: list[str] = field(default_factory=list)
+    failed: str | None = None
+
+
 def measure(args: argparse.Namespace, save: Callable[[list[StepRow]], object]) -> list[StepRow]:
-    """Rows of all steps; the ways take turns, after one call of each that is not timed."""
-    start, rows = time.monotonic(), []
-    seconds: dict[Way, list[float]] = {}
-    answers: dict[Way, list[str]] = {}
-    failed: dict[Way, str] = {}
+    """Rows of all steps; the ways take turns, after a call of some that is not timed."""
+    start = time.monotonic()
     with report.progress() as progress, tempfile.TemporaryDirectory() as folder:
         plan = list(ways(args.device))
-        order = list(dict.fromkeys(way for _, before, after in plan for way in (before, after)))
-        task = progress.add_task("encode the clips, build the model", total=len(order) * (1 + args.repeats))
+        found = {way: Found() for _, before, after in plan for way in (before, after)}
+        task = progress.add_task("encode the clips, build the model", total=len(found) * (1 + args.repeats))
         job = Job(args, Path(folder))
         for turn in range(1 + args.repeats):
-            for way in order:
+            for way, one in found.items():
                 progress.update(task, description=f"{args.preset} {args.dtype}, turn {turn} of {args.repeats}")
                 late = args.time_limit and time.monotonic() - start > args.time_limit
-                if way not in failed and not late:
-                    try:
-                        took = _timed(lambda way=way: answers.__setitem__(way, job.answers(way)), args.device)
-                        seconds.setdefault(way, []).extend([took] if turn else [])
-                    except Exception as error:
-                        failed[way] = timing.reason(error)
-                    timing.release(args.device)
+                if not (one.failed or late or (turn == 0 and not warms_up(way, args.device))):
+                    _turn(job, way, one, timed=turn > 0)
+                    save([row for row in make_rows(plan, found, job, args) if row.status != "left out"])
                 progress.advance(task)
-        for step, before, after in plan:
-            row = StepRow(step.name, step.switch, kept=torch.device(args.device).type in step.devices)
-            reasons = [failed[way] for way in (before, after) if way in failed]
-            if reasons:
-                row.fail(reasons[0])
-            elif not (seconds.get(before) and seconds.get(after)):
-                row.fail(f"--time-limit {args.time_limit:.0f} came before its turn", "left out")
-            else:
-                times = [min(seconds[way]) for way in (before, after)]
-                row.set_times(len(job.requests), *times, same_answers=_share(answers[before], answers[after]))
-            rows.append(row)
-            save(rows)
+        rows = make_rows(plan, found, job, args)
+        save(rows)
+    return rows
+
+
+def warms_up(way: Way, device: str) -> bool:
+    """Whether its first call is not timed: where it compiles, and what a process does once. A GPU's first call of any
+    way is slower than those after it."""
+    return torch.device(device).type == "cuda" or way.compiled_tower or way.static_cache or way == Way()
+
+
+def _turn(job: Job, way: Way, one: Found, timed: bool) -> None:
+    """All requests answered once more."""
+    load = Load()
+    try:
+        with watch(load):
+            seconds = _timed(lambda: setattr(one, "answers", job.answers(way)), job.device)
+        if timed:
+            one.seconds.append(seconds)
+            one.load.add(load)
+    except Exception as error:
+        one.failed = timing.reason(error)
+    timing.release(job.device)
+
+
+def make_rows(
+    plan: Sequence[tuple[Step, Way, Way]], found: dict[Way, Found], job: Job, args: argparse.Namespace
+) -> list[StepRow]:
+    """From what was found so far."""
+    rows = []
+    for step, *pair in plan:
+        row = StepRow(step=step.name, switch=step.switch, kept=torch.device(args.device).type in step.devices)
+        both = [found[way] for way in pair]
+        if reasons := [one.failed for one in both if one.failed]:
+            row.fail(reasons[0])
+        elif not all(one.seconds for one in both):
+            row.fail(f"--time-limit {args.time_limit or 0:.0f} came before its turn", "left out")
+        else:
+            row.samples, row.load = min(len(one.seconds) for one in both), Load.total(one.load for one in both)
+            times = (min(one.seconds) for one in both)
+            row.set_times(len(job.requests), *times, same_answers=_share(*(one.answers for one in both)))
+        rows.append(row)
     return rows
 
 
@@ -206,7 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=presets.NAMES, help="default: small, on a GPU vicuna-7b")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto", help="default: auto, the GPU if there is one")
-    parser.add_argument("--clips", type=int, metavar="N", help="each with two questions; default: 2, on a GPU 8")
+    parser.add_argument("--clips", type=int, metavar="N", help="each with two questions; default: 1, on a GPU 8")
     parser.add_argument("--frames", type=int, metavar="N", help="of the longest; default: 16, on a GPU 32")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="of each answer; default: 8, on a GPU 32")
     parser.add_argument("--repeats", type=int, metavar="N", help="the best of which counts; default: 2, on a GPU 3")
@@ -214,6 +250,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one clip, few frames and tokens, once")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
+    args.chosen = chosen(args, ("preset", "dtype", "clips", "frames", "new_tokens", "repeats", "quick"))
     complete(parser, args, DEFAULTS, QUICK, ("clips", "frames", "new_tokens", "repeats"))
     return args
 
@@ -222,7 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     words = list(sys.argv[1:] if arguments is None else arguments)
     machine = machine_info(args.device, ["python", "-m", "benchmarks.steps", *words])
-    path = (args.out or results_folder(machine)) / "steps.json"
     protocol = {
         **{name: getattr(args, name) for name in ("preset", "dtype", "clips", "frames", "new_tokens", "repeats")},
         "times": "seconds for all requests, from the files to the last token, the best of the repeats; ways take turns",
@@ -230,11 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "same_answers": "share of the answers that are the same text with the step and without it",
     }
 
-    def save(rows: list[StepRow]) -> None:
-        report.write(path, "steps", machine, protocol, [row.as_dict() for row in rows])
-
-    rows = measure(args, save)
-    return report.finish(rows, steps_table(rows, machine), [f"wrote {path}", chart.draw_steps(path)], machine)
+    with Results("steps", machine, args.out, args.chosen) as results:
+        rows = measure(args, lambda rows: results.save(protocol, rows))
+        path, wrote = results.close(rows)
+    return report.finish(rows, steps_tables(rows), [wrote, chart.draw_steps(path), report.machine_line(machine)])
 
 
 if __name__ == "__main__":

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from .report import Outcome, machine_line, show
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .report import MARK, Grid, Outcome, doubts_of, show
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepRow(Outcome):
     """One step: all requests answered without it and with it."""
 
     step: str
     switch: str
     kept: bool  # on this device, in what follows
-    status: str = "ok"  # or "failed", "left out"
-    reason: str | None = None
+    samples: int = 0  # of each of both
     before_s: float | None = None
     after_s: float | None = None
     videos_s: float | None = None  # requests per second with it
@@ -31,26 +26,23 @@ class StepRow(Outcome):
         self.before_s, self.after_s = before, after
         self.videos_s, self.ratio, self.same_answers = requests / after, before / after, same_answers
 
-    def line(self) -> str:
-        head = f"{self.step}:"
-        return f"{head} x {self.ratio:.2f}" if self.status == "ok" else f"{head} {self.status}, {self.reason}"
+    def head(self) -> str:
+        return self.step
+
+    def result(self) -> str:
+        return f"x {self.ratio:.2f}"
 
 
-def steps_table(rows: Sequence[StepRow], machine: dict) -> Table:
-    from rich.table import Table
-
-    table = Table(title=machine_line(machine), title_justify="left")
-    for name in ("step", "switch", "kept"):
-        table.add_column(name)
-    for name in ("s before", "s after", "x faster", "same answers"):
-        table.add_column(name, justify="right")
+def steps_tables(rows: Sequence[StepRow]) -> list[Grid]:
+    lines = []
     for row in rows:
-        numbers = [f"[red]{row.status}[/red]", "-", "-", "-"]
+        numbers = [row.status, "-", "-", "-"]
         if row.status == "ok":
-            share = f"{row.same_answers:.0%}"
-            numbers = [show(row.before_s), show(row.after_s), f"{row.ratio:.2f}", share]
-        table.add_row(row.step, row.switch, "yes" if row.kept else "no", *numbers)
-    return table
+            ratio = f"{row.ratio:.2f}{MARK * bool(row.doubts)}"
+            numbers = [show(row.before_s), show(row.after_s), ratio, f"{row.same_answers:.0%}"]
+        lines.append([row.step, "yes" if row.kept else "no", *numbers])
+    heads = ["step", "kept", "s without", "s with", "x faster", "same answers"]
+    return [Grid("All requests without a step and with it", heads, lines, left=2)]
 
 
 def steps_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
@@ -68,7 +60,7 @@ def steps_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
                 row["step"],
                 row["switch"],
                 *([show(row["videos_s"])] if cuda else []),
-                f"{row['ratio']:.2f}" if ok else row["status"],
+                f"{row['ratio']:.2f}{MARK * bool(row.get('doubts'))}" if ok else row["status"],
                 f"{whole:.2f}" if ok and row["kept"] else "",
                 "yes" if row["kept"] else "no",
             ]
@@ -78,6 +70,7 @@ def steps_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
         f"files to the last of {setup['new_tokens']} new tokens; sizes of `{setup['preset']}` with random weights, "
         f"{setup['dtype']}. x faster: time without the step over time with it, in turns in one run, with everything "
         "above that is kept.",
+        *doubts_of(rows, lambda row: row["step"]),
         *(f"{row['step']}: {row['status']} ({row['reason']})." for row in rows if row["status"] != "ok"),
     ]
     return lines, note

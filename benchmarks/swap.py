@@ -4,7 +4,8 @@
     python -m benchmarks.swap --preset 7b --dtype bfloat16
 
 Random weights, as many generated tokens. Nothing is timed before it is correct. Rows go to
-benchmarks/results/<device>/swap.json, with a chart beside it.
+benchmarks/results/<device>/swap.json, with a chart beside it, and where anything but --device or a limit was chosen, or
+others disturbed the run, to the folder `unofficial` there.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from . import chart, report, timing
-from .machine import machine_info, results_folder
+from . import chart, load, report, timing
+from .machine import machine_info
+from .results import Results, chosen
 from .swap_gate import RULE, Gate, Wrong, watch
 from .swap_models import KERNEL, LLAVA, SUBJECTS, TEMPERATURE, TEXT, Subject
-from .swap_report import GUIDED, STOCK, VARIANTS, SwapRow, set_ratios, swap_table
+from .swap_report import GUIDED, STOCK, VARIANTS, SwapRow, set_ratios, swap_tables
 from .throughput import DTYPES, complete
 from .video_memory import peak_memory
 from .video_models import SETTINGS
 from .video_runs import FirstToken, Sample, clock
 
 DEFAULTS = {
-    "cpu": {"preset": "small", "dtype": "float32", "frames": 16, "new_tokens": 8, "repeats": 2},
+    "cpu": {"preset": "small", "dtype": "float32", "frames": 8, "new_tokens": 8, "repeats": 2},
     "cuda": {"preset": "7b", "dtype": "bfloat16", "frames": 32, "new_tokens": 32, "repeats": 3},
 }
 QUICK = {"frames": 4, "new_tokens": 2, "repeats": 1}
@@ -72,7 +74,7 @@ class Entrant:
         """One greedy `generate` of exactly `new_tokens`."""
         sample, first = Sample(), FirstToken(self.now)
         self.model._previous_max_cache_length = -1  # or a static cache would be as long as the longest one before
-        with watch(self.model, self.row.visual_tokens, self.now, sample):
+        with load.watch(sample.load), watch(self.model, self.row.visual_tokens, self.now, sample):
             start = self.now()
             ids = self.model.generate(
                 **self.inputs,
@@ -104,6 +106,7 @@ class Entrant:
         for name in ("vision", "prefill", "first_token", "generate", *(["token"] if self.new_tokens > 1 else [])):
             setattr(self.row, f"{name}_ms", 1e3 * min(getattr(sample, name) for sample in self.samples))
         self.row.samples, self.row.videos_s = len(self.samples), 1e3 / self.row.generate_ms
+        self.row.load = load.Load.total(sample.load for sample in self.samples)
 
 
 def measure(args: argparse.Namespace, save: Callable[[list[SwapRow]], object]) -> list[SwapRow]:
@@ -133,9 +136,12 @@ def measure_family(
 ) -> list[SwapRow]:
     """One video LLM, which goes when its rows are there."""
 
-    def without(reason: str, status: str) -> list[SwapRow]:
+    def without(*reason: str) -> list[SwapRow]:
         shared = {"family": family.name, "frames": args.frames, "visual_tokens": 0, "text_tokens": 0}
-        return [SwapRow(**shared, variant=variant, status=status, reason=reason) for variant in VARIANTS]
+        rows = [SwapRow(**shared, variant=variant) for variant in VARIANTS]
+        for row in rows:
+            row.fail(*reason)
+        return rows
 
     if late():
         return without(LIMIT.format(args.time_limit), "left out")
@@ -143,7 +149,7 @@ def measure_family(
         subject = family(args.preset, DTYPES[args.dtype], args.device)
         entrants = [Entrant(subject, variant, args) for variant in VARIANTS]
     except Exception as error:
-        return without(timing.reason(error), "failed")
+        return without(timing.reason(error))
     gate = Gate(subject)
 
     def turn(entrant: Entrant, what: str, call: Callable[[], Any]) -> None:
@@ -181,13 +187,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=LLAVA, help="sizes, with random weights; default: small, on a GPU 7b")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto", help="default: auto, the GPU if there is one")
-    parser.add_argument("--frames", type=int, metavar="N", help="of the video; default: 16, on a GPU 32")
+    parser.add_argument("--frames", type=int, metavar="N", help="of the video; default: 8, on a GPU 32")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="of each answer; default: 8, on a GPU 32")
     parser.add_argument("--repeats", type=int, metavar="N", help="the best of which counts; default: 2, on a GPU 3")
     parser.add_argument("--time-limit", type=float, metavar="S", help="start nothing after it")
     parser.add_argument("--quick", action="store_true", help="few frames and tokens, once")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     args = parser.parse_args(arguments)
+    args.chosen = chosen(args, ("preset", "dtype", "frames", "new_tokens", "repeats", "quick"))
     complete(parser, args, DEFAULTS, QUICK, ("frames", "new_tokens", "repeats"))
     if args.frames < 4 or args.frames % 2:
         parser.error(f"--frames must be even, as Qwen2.5-VL takes two at a time, and at least 4, got {args.frames}")
@@ -218,13 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     words = list(sys.argv[1:] if arguments is None else arguments)
     machine = machine_info(args.device, ["python", "-m", "benchmarks.swap", *words])
-    path, setup = (args.out or results_folder(machine)) / "swap.json", protocol(args)
-
-    def save(rows: list[SwapRow]) -> None:
-        report.write(path, "swap", machine, setup, [row.as_dict() for row in rows])
-
-    rows = measure(args, save)
-    return report.finish(rows, swap_table(rows, machine), [f"wrote {path}", chart.draw_swap(path)], machine)
+    setup = protocol(args)
+    with Results("swap", machine, args.out, args.chosen) as results:
+        rows = measure(args, lambda rows: results.save(setup, rows))
+        path, wrote = results.close(rows)
+    return report.finish(rows, swap_tables(rows), [wrote, chart.draw_swap(path), report.machine_line(machine)])
 
 
 if __name__ == "__main__":

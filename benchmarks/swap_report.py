@@ -5,13 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from . import report
-from .report import Outcome, machine_line, show
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .report import MARK, Grid, Outcome, doubts_of, show
 
 STOCK, GUIDED, MEAN = "stock", "compressed", "compressed, plain mean"
 VARIANTS = (STOCK, GUIDED, MEAN)
@@ -26,7 +21,7 @@ COLUMNS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SwapRow(Outcome):
     """One variant of a family on one video. Times are of each part the best."""
 
@@ -37,8 +32,6 @@ class SwapRow(Outcome):
     text_tokens: int
     weight_bytes: int = 0
     past_context: bool = False  # the prompt is longer than the positions of the language model
-    status: str = "ok"  # or "wrong", "failed", "left out"
-    reason: str | None = None
     vision_ms: float | None = None  # from pixels to visual tokens, with guide and pooling
     prefill_ms: float | None = None  # the rest up to the first token
     first_token_ms: float | None = None
@@ -48,20 +41,18 @@ class SwapRow(Outcome):
     videos_s: float | None = None
     peak_bytes: int | None = None  # weights, pixels, and what is held beyond them during `generate`
     extra_bytes: int | None = None  # that without the weights
-    ratios: dict[str, float] = field(
-        default_factory=dict
-    )  # of COLUMNS and the tokens: how many times better than stock
+    ratios: dict[str, float] = field(default_factory=dict)  # of COLUMNS and the tokens: times better than stock
     error: float | None = None
     limit: float | None = None
 
     def set_memory(self, extra: int) -> None:
         self.extra_bytes, self.peak_bytes = extra, self.weight_bytes + extra
 
-    def line(self) -> str:
-        head = f"{self.family}, {self.variant}, {self.visual_tokens:,} visual tokens:"
-        if self.status != "ok":
-            return f"{head} {self.status}, {self.reason}"
-        return f"{head} first token {show(self.first_token_ms)} ms, {self.videos_s:.3g} videos/s"
+    def head(self) -> str:
+        return f"{self.family}, {self.variant}, {self.visual_tokens:,} visual tokens"
+
+    def result(self) -> str:
+        return f"first token {show(self.first_token_ms)} ms, {self.videos_s:.3g} videos/s"
 
 
 def set_ratios(rows: Sequence[SwapRow]) -> None:
@@ -77,22 +68,17 @@ def set_ratios(rows: Sequence[SwapRow]) -> None:
                 row.ratios[name] = mine / other if name == "videos_s" else other / mine
 
 
-def swap_table(rows: Sequence[SwapRow], machine: dict) -> Table:
-    from rich.table import Table
-
-    table = Table(title=machine_line(machine), title_justify="left")
-    for name in ("family", "variant"):
-        table.add_column(name, no_wrap=True)
-    for name in ("visual tokens (x)", *(f"{head} (x)" for head, *_ in COLUMNS.values()), "error"):
-        table.add_column(name, justify="right")
-    for row, following in zip(rows, [*rows[1:], None]):
-        cells = [f"[red]{row.status}[/red]", *["-"] * len(COLUMNS)]
+def swap_tables(rows: Sequence[SwapRow]) -> list[Grid]:
+    """One for each family; in brackets how many times better than stock."""
+    shown = ("visual_tokens", "first_token", "videos_s", "peak")
+    heads = ["", "visual tokens", *(COLUMNS[name][0] for name in shown[1:])]
+    tables: dict[str, list[list[str]]] = {}
+    for row in rows:
+        cells = [row.status, *["-"] * (len(shown) - 1)]
         if row.status == "ok":
-            cells = [_cell(row.as_dict(), name, True) for name in ("visual_tokens", *COLUMNS)]
-        error = "-" if row.error is None else f"{row.error:.0e}"
-        last = following is None or following.family != row.family
-        table.add_row(row.family, row.variant, *cells, error, end_section=last)
-    return table
+            cells = [_cell(row.as_dict(), name, True) for name in shown]
+        tables.setdefault(row.family, []).append([row.variant, *cells])
+    return [Grid(f"{family} (x better than stock)", heads, lines) for family, lines in tables.items()]
 
 
 def swap_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
@@ -115,7 +101,7 @@ def swap_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
         "Vision: from pixels to visual tokens, with the guide and the pooling. Beyond the weights: the pixels, and the "
         "most that `generate` holds.",
         *([f"Longer than the positions of the language model: {'; '.join(long)}."] if long else []),
-        *([warning] if (warning := report.busy(machine)) else []),
+        *doubts_of(rows, lambda row: f"{row['family']}, {row['variant']}"),
         *(f"{r['family']}, {r['variant']}: {r['status']} ({r['reason']})." for r in rows if r["status"] != "ok"),
     ]
     return lines, note
@@ -124,9 +110,10 @@ def swap_markdown(result: dict) -> tuple[list[list[str]], list[str]]:
 def _cell(row: dict, name: str, absolute: bool) -> str:
     """What was measured, and in brackets how many times better than stock that is; the latter alone without it."""
     ratio = row["ratios"].get(name)
-    times = (
-        "-" if ratio is None else "1" if row["variant"] == STOCK else f"{ratio:.2f}" if ratio < 9.95 else show(ratio)
-    )
+    times = "-" if ratio is None else f"{ratio:.2f}" if ratio < 9.95 else show(ratio)
+    times = "1" if row["variant"] == STOCK and ratio is not None else times
+    if name != "visual_tokens" and ratio is not None and row.get("doubts"):
+        times += MARK
     if not absolute:
         return times
     if name == "visual_tokens":
@@ -137,4 +124,4 @@ def _cell(row: dict, name: str, absolute: bool) -> str:
     return number if row["variant"] == STOCK else f"{number} ({times})"
 
 
-__all__ = ["COLUMNS", "GUIDED", "MEAN", "STOCK", "VARIANTS", "SwapRow", "set_ratios", "swap_markdown", "swap_table"]
+__all__ = ["COLUMNS", "GUIDED", "MEAN", "STOCK", "VARIANTS", "SwapRow", "set_ratios", "swap_markdown", "swap_tables"]

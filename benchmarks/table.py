@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import chart, fp8, report, shapes, steps_report, swap_report, video_table
+from . import chart, fp8_report, report, shapes, steps_report, swap_report, video_table
 from .report import COMPILED_REFERENCE, ORIGINAL, PEERS, PROJECTOR_PEERS, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,10 +217,13 @@ def _case(row: dict) -> tuple[str, ...]:
 
 
 def _warnings(result: dict, cases: set[tuple[str, ...]]) -> list[str]:
-    """What a reader must know of a run: what it left out, whether it was disturbed, what went wrong in `cases`."""
+    """What a reader must know of a run: what it left out, and what was disturbed or went wrong in `cases`."""
     left_out = result["protocol"]["left_out"]
     lines = [f"Left out for lack of time: {', '.join(left_out)}."] if left_out else []
-    lines += [warning] if (warning := report.busy(result["machine"])) else []
+    of_cases = [row for row in result["rows"] if _case(row) in cases]
+    lines += report.doubts_of(
+        of_cases, lambda row: f"`{row['op']}` {row['direction']} on `{row['shape']}` {row['dtype']}"
+    )
     troubles: dict[str, list[str]] = {}
     for row in result["rows"]:
         if row["status"] != "ok" and _case(row) in cases:
@@ -252,7 +255,9 @@ def _pair(both: dict[str, dict], number: Callable[[dict], float | None], directi
     for direction in directions:
         row = both.get(direction)
         ok = row is not None and row["status"] == "ok"
-        cells.append(show(number(row)) if ok else "-" if row is None else row["status"])
+        cells.append(
+            show(number(row)) + report.MARK * bool(row.get("doubts")) if ok else "-" if row is None else row["status"]
+        )
     return " / ".join(cells)
 
 
@@ -266,7 +271,7 @@ BLOCKS: dict[str, Callable[[Path, Path], str]] = {
     "throughput-rows": throughput_rows_block,
     "steps": steps_block,
     "swap": swap_block,
-    "fp8": fp8.fp8_block,
+    "fp8": fp8_report.fp8_block,
     "roofline": roofline_block,
     "projector": projector_block,
     "bytes": bytes_block,

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .report import OUT_OF_MEMORY
+
 TURN_S, MAX_CALLS = 0.02, 4  # a turn: calls for so long, or for half a call of the slowest, but not more than so many
 SLOW_S = 0.2  # needs no second warm-up
 HOST_CALLS = 50
@@ -246,6 +248,6 @@ def reason(error: BaseException) -> str:
     """One line on why a variant did not run."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
-        return "out of memory"
+        return OUT_OF_MEMORY
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]

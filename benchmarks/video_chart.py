@@ -6,7 +6,7 @@ import math
 
 from . import report
 from .drawing import beside, number
-from .video_report import OPS_OFF, PARTS, PEER, PEER_TUNED, PPLLAVA, VARIANTS, shares
+from .video_report import OPS_OFF, PARTS, PEER, PEER_TUNED, PPLLAVA, VARIANTS, best, shares
 
 COLOURS = {PPLLAVA: "#1b7837", PEER: "#4d4d4d", PEER_TUNED: "#2171b5", OPS_OFF: "#f08a24"}
 MARKERS = {PPLLAVA: "o", PEER: "s", PEER_TUNED: "D", OPS_OFF: "v"}
@@ -17,7 +17,7 @@ PANELS = {
     "first": (
         "seconds to the first token (lower is better)",
         "first_token",
-        lambda row: row["first_token_ms"]["p50"] / 1e3,
+        lambda row: best(row["first_token_ms"]) / 1e3,
     ),
     "memory": ("GB of memory (lower is better)", "peak_bytes", lambda row: (row["peak_bytes"] or 0) / 1e9),
 }
@@ -36,8 +36,8 @@ def figure(pyplot, results: dict):
     first: First = {}  # the smallest batch of each variant and number of frames
     for row in sorted(rows, key=lambda row: row["batch"]):
         first.setdefault((row["variant"], row["frames"]), row)
-    best = [row for row in rows if row["status"] == "ok" and row is not first[row["variant"], row["frames"]]]
-    for row in best:
+    largest = [row for row in rows if row["status"] == "ok" and row is not first[row["variant"], row["frames"]]]
+    for row in largest:
         style = {"marker": MARKERS[row["variant"]], "color": COLOURS[row["variant"]], "markersize": 9}
         axes["speed"].plot(row["frames"], row["videos_s"], markerfacecolor="none", linestyle="", **style)
     for key in PANELS:
@@ -50,7 +50,7 @@ def figure(pyplot, results: dict):
     handles = [
         pyplot.Line2D([], [], color=COLOURS[name], marker=MARKERS[name], label=name, linewidth=1.5) for name in variants
     ]
-    if best:
+    if largest:
         hollow = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": ""}
         handles.append(pyplot.Line2D([], [], label="hollow: the batch with the most videos/s", **hollow))
     picture.legend(handles=handles, ncols=len(handles), loc="outside upper left", frameon=False, fontsize=9)

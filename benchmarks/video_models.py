@@ -16,17 +16,17 @@ import av
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaNextVideoConfig, PreTrainedModel
+from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration, PreTrainedModel, logging
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ppllava import PPLlavaConfig, PPLlavaProcessor, presets
+from ppllava import PPLlavaConfig, PPLlavaForConditionalGeneration, PPLlavaProcessor, presets
 from ppllava.encoding import EncodedVideo, Frames, encode_frames
 from ppllava.sampling import sample_frames
 from ppllava.video import open_video
 
 from .video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA
 
-PROMPT = "USER: <video>\nWhat happens in this video, and in which order? ASSISTANT:"
+PROMPT = "USER: {video}\nWhat happens in this video, and in which order? ASSISTANT:"
 # What `generate` is told beyond transformers' defaults, for each device. On a GPU transformers compiles the decoding
 # step where the cache is static; on a CPU it does not, and a static cache only makes every step attend to all of it.
 SETTINGS: dict[str, dict[str, Any]] = {"cuda": {"cache_implementation": "static"}, "cpu": {}}
@@ -45,13 +45,37 @@ class Entrant(NamedTuple):
 
 
 def build_models(
-    preset: str, dtype: torch.dtype, device: str, tokens: int
+    preset: str, dtype: torch.dtype, device: str, tokens: int, folder: str | None = None
 ) -> tuple[dict[str, PreTrainedModel], PPLlavaProcessor]:
-    """(both models, processor), at most `tokens` visual tokens from PPLLaVA. Random weights, made on the device, the
-    same sizes of vision tower and language model."""
-    model, processor = presets.build(preset, dtype=dtype, device=device)
+    """(both models, processor), at most `tokens` visual tokens from PPLLaVA.
+
+    Random weights, made on the device, the same sizes of vision tower and language model. With the `folder` of a
+    PPLLaVA its weights, and a peer of random weights in its sizes.
+    """
+    if folder is None:
+        model, processor = presets.build(preset, dtype=dtype, device=device)
+        peer = presets.build_peer(preset, dtype=dtype, device=device)
+    else:
+        logging.disable_progress_bar()
+        model = PPLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        model = model.to(device).eval()
+        processor = PPLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
+        peer = presets._random(LlavaNextVideoForConditionalGeneration, peer_of(model.config), dtype, device, 0)
     model.config.pooling_max_tokens = processor.pooling_max_tokens = tokens
-    return {PPLLAVA: model, PEER: presets.build_peer(preset, dtype=dtype, device=device)}, processor
+    return {PPLLAVA: model, PEER: peer}, processor
+
+
+def peer_of(config: PPLlavaConfig) -> LlavaNextVideoConfig:
+    """LLaVA-NeXT-Video with the tower and the language model of this PPLLaVA; ValueError where it has no such tower."""
+    if config.vision_config.model_type != "clip_vision_model":
+        kind = config.vision_config.model_type
+        raise ValueError(f"must have a plain CLIP tower, as LLaVA-NeXT-Video has no other, got {kind}")
+    return LlavaNextVideoConfig(
+        vision_config=config.vision_config.to_dict(),
+        text_config=config.text_config.to_dict(),
+        video_token_index=config.video_token_id,
+        image_token_index=config.image_token_id,  # not used
+    )
 
 
 def entrants(models: dict[str, PreTrainedModel], device: str) -> dict[str, Entrant]:
@@ -91,7 +115,7 @@ def vision_in_chunks(peer: PreTrainedModel, chunk: int) -> Iterator[None]:
 
 
 def encode_clip(path: Path, frames: int) -> Path:
-    """Write an H.264 clip: a texture that drifts, and a square of another one that drifts against it. One
+    """Write an H.264 file: a texture that drifts, and a square of another one that drifts against it. One
     longer than PERIOD has as many whole ones as `frames` need."""
     width, height = CLIP_SIZE
     noise = np.random.default_rng(0).integers(0, 256, (2, height // 8, width // 8, 3), dtype=np.uint8)
@@ -140,16 +164,34 @@ class Footage:
         return self.frames[torch.arange(start, end) % len(self.frames)]
 
 
+@dataclass(frozen=True)
+class Clip:
+    """The file that all variants see frames of."""
+
+    path: Path
+    own: bool = False  # of the user: frames of all of it; of ours so many from its start
+
+    def pick(self, timestamps: np.ndarray, count: int) -> np.ndarray:
+        """int64 [count], indices of frames; ValueError where the file has fewer."""
+        if self.own and count > len(timestamps):
+            raise TooShort(f"{self.path.name} has {len(timestamps):,} frames")
+        end = None if self.own else (max(count, CLIP_FRAMES) - 1) / CLIP_FPS
+        return sample_frames(timestamps, num_frames=count, end=end)
+
+
+class TooShort(ValueError):
+    """A video that has fewer frames than a row is about."""
+
+
 def read_footage(
-    path: Path, count: int, processor: PPLlavaProcessor, device: str, dtype: torch.dtype, repeats: int
+    clip: Clip, count: int, processor: PPLlavaProcessor, device: str, dtype: torch.dtype, repeats: int
 ) -> Footage:
-    """Decode `count` frames of the start of a clip; the first time only warms up, and a long one is decoded once."""
+    """Decode `count` frames of a clip; the first time only warms up, and a long one is decoded once."""
     decode, preprocess = [], []
     for n in range(1 if count > PIXELS else 1 + repeats):
         start, kept = time.perf_counter(), []
-        with open_video(path) as reader:
-            end = (max(count, CLIP_FRAMES) - 1) / CLIP_FPS
-            for _, image in reader.stream_frames(sample_frames(reader.timestamps, num_frames=count, end=end)):
+        with open_video(clip.path) as reader:
+            for _, image in reader.stream_frames(clip.pick(reader.timestamps, count)):
                 if len(kept) < (KEPT if count > PIXELS else count):
                     kept.append(np.array(image))
         decoded = time.perf_counter()
@@ -179,7 +221,8 @@ class Videos:
         return frames[places.repeat(self.batch).to(self.device)]
 
     def ask(self, videos: list[EncodedVideo]) -> dict[str, Tensor]:
-        return dict(self.processor(text=[PROMPT] * len(videos), videos=videos).to(self.device))
+        prompt = PROMPT.format(video=self.processor.video_token)
+        return dict(self.processor(text=[prompt] * len(videos), videos=videos).to(self.device))
 
     @cached_property
     def prompts(self) -> dict[str, Tensor]:

@@ -1,15 +1,11 @@
-"""What becomes of the measurements of both models: rows, their ratios, the table on the terminal. Needs no torch."""
+"""What becomes of the measurements of both models: rows, their ratios, the answer. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from .report import Outcome, machine_line, show
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .report import MARK, Grid, Outcome, show
 
 PPLLAVA, OPS_OFF = "PPLLaVA", "PPLLaVA, ops off"
 PEER, PEER_TUNED = "LLaVA-NeXT-Video", "LLaVA-NeXT-Video, our settings"
@@ -24,10 +20,11 @@ PARTS = {
     "prefill": "prefill",
     "tokens": "further tokens",
 }
-Spread = dict[str, float]  # p20, p50, p80
+AGAINST = (PEER_TUNED, PEER)  # in this order in a cell: with our settings / as users run it
+Spread = dict[str, float]  # best, p20, p50, p80; without the first in results of older versions
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VideoRow(Outcome):
     """One variant on videos of so many frames. Times in milliseconds; without those of `generate` unless status is ok.
 
@@ -43,8 +40,6 @@ class VideoRow(Outcome):
     weight_bytes: int
     streamed: bool = False  # frames in chunks into the tower, without a tensor of all pixels
     past_context: bool = False  # the prompt is longer than the positions of the language model
-    status: str = "ok"  # or "wrong", "failed", "does not fit", "left out"
-    reason: str | None = None
     decode_ms: Spread | None = None  # one video, read from its file; the same for all variants
     preprocess_ms: Spread | None = None  # one video, resized and normalised, on the device
     vision_ms: Spread | None = None  # the tower
@@ -57,6 +52,7 @@ class VideoRow(Outcome):
     videos_s: float | None = None
     videos_s_file: float | None = None  # decoding and preprocessing included, one after the other
     peak_bytes: int | None = None  # weights, pixels, and what is held beyond them during `generate`
+    bound_percent: float | None = None  # of a peer: of the bound, that the ratio of the first tokens is
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)  # peer, same batch -> how many times better
     best: dict[str, dict[str, float]] = field(default_factory=dict)  # peer -> its rates, each at its best batch
     searched: bool = False  # whether the best batch is known
@@ -65,16 +61,30 @@ class VideoRow(Outcome):
     limit: float | None = None
 
     def set_rates(self) -> None:
-        seconds = self.generate_ms["p50"] / 1e3
-        file = self.batch * (self.decode_ms["p50"] + self.preprocess_ms["p50"]) / 1e3
+        seconds = best(self.generate_ms) / 1e3
+        file = self.batch * (best(self.decode_ms) + best(self.preprocess_ms)) / 1e3
         self.videos_s, self.videos_s_file = self.batch / seconds, self.batch / (seconds + file)
 
-    def line(self) -> str:
+    def fail(self, reason: str, status: str | None = None) -> None:
+        """Without the times of `generate` that it may have had."""
+        super().fail(reason, status)
+        for name in ("vision", "projector", "prefill", "first_token", "token", "generate"):
+            setattr(self, f"{name}_ms", None)
+        self.samples, self.videos_s, self.videos_s_file = 0, None, None
+
+    def percent_of_bound(self) -> float | None:
+        return self.bound_percent
+
+    def head(self) -> str:
         batch = f", batch {self.batch}" if self.batch > 1 else ""
-        head = f"{self.frames:,} frames{batch}, {self.variant}, {self.visual_tokens:,} visual tokens:"
-        if self.status != "ok":
-            return f"{head} {self.status}, {self.reason}"
-        return f"{head} first token {show(self.first_token_ms['p50'])} ms, {self.videos_s:.3g} videos/s"
+        return f"{self.frames:,} frames{batch}, {self.variant}, {self.visual_tokens:,} visual tokens"
+
+    def result(self) -> str:
+        return f"first token {show(best(self.first_token_ms))} ms, {self.videos_s:.3g} videos/s"
+
+
+def best(spread: Spread) -> float:
+    return spread.get("best", spread["p50"])
 
 
 @dataclass
@@ -114,6 +124,7 @@ def set_video_ratios(rows: Iterable[VideoRow]) -> None:
             continue
         peer = batches[name][0]
         ours.ratios[name] = _ratios(ours, peer)
+        peer.bound_percent = ours.ratios[name].get("bound_percent")
         if all(row.status == "ok" and row.searched for row in (ours, peer)):
             pair = [max(batches[key], key=lambda row: row.videos_s or 0) for key in (PPLLAVA, name)]
             rates = {key: getattr(pair[0], key) / getattr(pair[1], key) for key in ("videos_s", "videos_s_file")}
@@ -124,7 +135,7 @@ def _ratios(ours: VideoRow, peer: VideoRow) -> dict[str, float]:
     bound = sum(peer.flops.values()) / sum(ours.flops.values())
     if not ours.status == peer.status == "ok":
         return {"flops": bound}
-    first = peer.first_token_ms["p50"] / ours.first_token_ms["p50"]
+    first = best(peer.first_token_ms) / best(ours.first_token_ms)
     ratios = {
         "flops": bound,
         "first_token": first,
@@ -141,44 +152,83 @@ def shares(row: dict) -> dict[str, float] | None:
     """Percent of the time from the file to the last token that each of PARTS takes, of a row of the JSON."""
     if row["status"] != "ok":
         return None
-    median = {name: row[f"{name}_ms"]["p50"] for name in ("decode", "preprocess", "vision", "projector", "prefill")}
-    median |= {name: row["batch"] * median[name] for name in ("decode", "preprocess")}
-    median["tokens"] = max(row["generate_ms"]["p50"] - row["first_token_ms"]["p50"], 0)
-    whole = sum(median.values())
-    return {name: 100 * ms / whole for name, ms in median.items()}
+    part = {name: best(row[f"{name}_ms"]) for name in ("decode", "preprocess", "vision", "projector", "prefill")}
+    part |= {name: row["batch"] * part[name] for name in ("decode", "preprocess")}
+    part["tokens"] = max(best(row["generate_ms"]) - best(row["first_token_ms"]), 0)
+    whole = sum(part.values())
+    return {name: 100 * ms / whole for name, ms in part.items()}
 
 
-def throughput_table(rows: Sequence[VideoRow], machine: dict) -> Table:
-    """The ratios of a row are how many times better PPLLaVA is with that batch."""
-    from rich.table import Table
+def by_frames(rows: Iterable[VideoRow]) -> dict[int, dict[str, VideoRow]]:
+    """The row of the smallest batch of each variant."""
+    clips: dict[int, dict[str, VideoRow]] = {}
+    for row in sorted(rows, key=lambda row: (row.frames, row.batch)):
+        clips.setdefault(row.frames, {}).setdefault(row.variant, row)
+    return clips
 
-    table = Table(title=machine_line(machine), title_justify="left")
-    table.add_column("frames", justify="right")
-    table.add_column("model", no_wrap=True)
-    for name in ("batch", "visual tokens", "first token ms", "ms per token", "videos/s", "from file"):
-        table.add_column(name, justify="right")
-    for name in ("peak MB", "% vision", "% projector", "% prefill", "% tokens"):
-        table.add_column(name, justify="right")
-    for name in ("first token", "% of bound", "videos/s", "from file", "memory", "FLOPs"):
-        table.add_column(name if name == "% of bound" else f"x {name}", justify="right")
-    ours = {row.frames: row for row in reversed(rows) if row.variant == PPLLAVA}  # of each the smallest batch
-    for row, following in zip(rows, [*rows[1:], None]):
-        numbers = [f"[red]{row.status}[/red]", *["-"] * 8]
-        if row.status == "ok":
-            part = shares(vars(row))
-            numbers = [
-                show(row.first_token_ms["p50"]),
-                show(row.token_ms and row.token_ms["p50"]),
-                f"{row.videos_s:.3g}",
-                f"{row.videos_s_file:.3g}",
-                show(row.peak_bytes and row.peak_bytes / 1e6),
-                *(f"{part[name]:.0f}" for name in ("vision", "projector", "prefill", "tokens")),
-            ]
-        best = ours.get(row.frames)
-        found = best.ratios.get(row.variant, {}) if best and best.batch == row.batch else {}
-        keys = ("first_token", "bound_percent", "videos_s", "videos_s_file", "peak_bytes", "flops")
-        last = following is None or following.frames != row.frames
-        star = "*" if row.past_context else ""
-        head = [f"{row.frames:,}", row.variant, str(row.batch), f"{row.visual_tokens:,}{star}"]
-        table.add_row(*head, *numbers, *(show(found.get(key)) for key in keys), end_section=last)
-    return table
+
+def throughput_tables(rows: Sequence[VideoRow]) -> list[Grid]:
+    """A line for each number of frames: how many times better PPLLaVA is than each way to run the peer."""
+    columns = {
+        "x first token": "first_token",
+        "x videos/s": "videos_s",
+        "x memory": "peak_bytes",
+        "% of the bound": "bound_percent",
+    }
+    lines = []
+    for frames, variants in by_frames(rows).items():
+        ours, cells = variants[PPLLAVA], {name: [] for name in columns}
+        for name in AGAINST:
+            pair = [ours, variants[name]]
+            mark = MARK * any(row.doubts for row in pair)
+            for head, key in columns.items():
+                number = ours.ratios.get(name, {}).get(key)
+                status = next((row.status for row in pair if row.status != "ok"), "-")
+                text = show(number) + mark if number is not None else status if key == "first_token" else "-"
+                cells[head].append(text)
+        first = "-" if ours.status != "ok" else show(best(ours.first_token_ms))
+        lines.append([f"{frames:,}", first, *map(_both, cells.values())])
+    title = f"{PPLLAVA} against {PEER} with our settings / as users run it"
+    return [Grid(title, ["frames", "first token, ms", *columns], lines, left=0)]
+
+
+def _both(texts: Sequence[str]) -> str:
+    """Two in a cell; the same words once."""
+    return " / ".join(texts if any(text[0].isdigit() for text in texts) else dict.fromkeys(texts))
+
+
+def answers(rows: Sequence[VideoRow], nothing: str = "Could not tell: nothing was compared.") -> list[str]:
+    """What a run says in one line for each number of frames: how many times better, or why it cannot tell."""
+    lines = [_answer(frames, variants) for frames, variants in by_frames(rows).items()]
+    return list(filter(None, lines)) or list(filter(None, [nothing]))
+
+
+def _answer(frames: int, variants: dict[str, VideoRow]) -> str | None:
+    """None where the peer was left out. With our settings, or, where that was not measured, as users run it."""
+    ours = variants[PPLLAVA]
+    tried = [name for name in AGAINST if variants[name].status != "left out"]
+    name = next((name for name in tried if variants[name].status == "ok"), tried[0] if tried else None)
+    if name is None or ours.status == "left out":
+        return None
+    pair, head = (ours, variants[name]), f"{frames:,} frames"
+    for row in pair:
+        if row.status == "does not fit":
+            return f"{head}: {row.variant} does not fit into memory"
+        if row.status != "ok":
+            return f"{head}: could not tell, {row.variant}: {row.status}, {row.reason}"
+    if doubts := [f"{row.variant}: {', '.join(row.doubts.values())}" for row in pair if row.doubts]:
+        return f"{head}: could not tell, {'; '.join(doubts)}"
+    ratios = ours.ratios[name]
+    parts = [f"{_times(ratios['videos_s'])} times the videos/s of {PEER}{' as users run it' if name == PEER else ''}"]
+    parts.append("first token " + _change(ratios["first_token"], "sooner", "later"))
+    if "peak_bytes" in ratios:
+        parts.append(_change(ratios["peak_bytes"], "less memory", "more memory"))
+    return f"{head}: {', '.join(parts)}"
+
+
+def _change(ratio: float, better: str, worse: str) -> str:
+    return f"{_times(max(ratio, 1 / ratio))} times {better if ratio >= 1 else worse}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if 0.95 <= ratio < 9.95 else show(ratio)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from .load import Load, watch
 from .video_models import Job
 
 
@@ -26,6 +27,8 @@ class Sample:
     generate: float = 0.0
     visual_tokens: int = 0
     output: Any = field(default=None, repr=False)
+    load: Load = field(default_factory=Load)  # of other processes meanwhile
+    start: float = 0.0  # of the first call of a shape beyond those of a second one
 
     @property
     def prefill(self) -> float:
@@ -94,7 +97,8 @@ def generate(job: Job, inputs: dict[str, Tensor], new_tokens: int, parts: bool =
     now = clock(job.videos.device)
     sample, first = Sample(), FirstToken(now)
     job.model._previous_max_cache_length = -1  # or a static cache would be as long as the longest one before
-    with job.entrant.change(), inside(job, now if parts else time.perf_counter, sample):
+    clock_inside = now if parts else time.perf_counter
+    with watch(sample.load), job.entrant.change(), inside(job, clock_inside, sample):
         start = now()
         if job.streamed:
             encoded = job.videos.stream(job.model)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import timing
+from .load import Load
 from .video_gate import check_op
 from .video_memory import peak_memory
 from .video_models import (
     CLIP_FRAMES,
+    Clip,
     Footage,
     Job,
+    TooShort,
     Videos,
     build_models,
     encode_clip,
@@ -25,42 +27,38 @@ from .video_models import (
     make_job,
     read_footage,
 )
-from .video_report import OPS_OFF, PPLLAVA, VARIANTS, Longest, VideoRow, set_video_ratios
+from .video_report import PPLLAVA, VARIANTS, Longest, VideoRow, set_video_ratios
 from .video_runs import Sample, generate
+from .video_time import SAMPLES, Pacing, best_flop, shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLES_S = 8.0  # of one row: a `generate` that takes longer is timed once
 OP_FRAMES = 32  # the op is compared with the reference up to here: it costs more than it tells beyond
 GAIN = 1.03  # of videos/s, for which the batch is doubled again
-MARGIN = 1.5  # of the time that is kept for PPLLaVA's rows
-CHEAP = 0.03  # of the time limit: rows that take less do not wait for that
-BATCHES = 0.15  # of the time limit, that plain PyTorch, which says least, leaves to the best batches
 REFINED = ("cuda",)  # where the longest video is searched between two numbers of frames
 BISECTIONS = 4
 
 
-Shape = tuple[str, tuple[str, ...], int, int]
-
-
-@dataclass
-class Pace:
-    """What the rows of a variant took."""
-
-    flop: float = 0.0  # seconds for each, up to the first token
-    token: float = 0.0  # seconds for each further token of a batch
-    start: float = 0.0  # seconds of the first call beyond those of a second one
-
-
 class Sweep:
-    def __init__(self, args: argparse.Namespace, folder: Path, tell: Callable[[VideoRow], object]):
-        self.args, self.device, self.dtype, self.tell = args, args.device, DTYPES[args.dtype], tell
+    """tell: hears each row that is finished. keep: is called when there is more to save than before."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        folder: Path,
+        machine: dict,
+        tell: Callable[[VideoRow], object] = lambda row: None,
+        keep: Callable[[list[VideoRow]], object] = lambda rows: None,
+    ):
+        self.args, self.device, self.dtype = args, args.device, DTYPES[args.dtype]
+        self.machine, self.tell, self.keep = machine, tell, keep
         self.cuda = torch.device(args.device).type == "cuda"
-        self.start = time.monotonic()
-        self.clip = encode_clip(folder / "clip.mp4", max(CLIP_FRAMES, *args.frames))
-        self.models, self.processor = build_models(args.preset, self.dtype, args.device, args.tokens)
+        self.pacing = Pacing(args, machine, best_flop(args.device, self.dtype))
+        if args.video:
+            self.clip = Clip(args.video, own=True)
+        else:
+            self.clip = Clip(encode_clip(folder / "clip.mp4", max(CLIP_FRAMES, *args.frames)))
+        self.models, self.processor = build_models(args.preset, self.dtype, args.device, args.tokens, args.model)
         self.entrants = entrants(self.models, args.device)
-        self.paces: dict[str, Pace] = {}
-        self.compiled: set[Shape] = set()
         self.footage: dict[int, Footage] = {}
         self.found: dict[tuple[int, str, int], VideoRow] = {}
 
@@ -86,23 +84,26 @@ class Sweep:
         try:
             repeats = self.args.repeats
             footage = read_footage(self.clip, frames, self.processor, self.device, self.dtype, repeats)
+        except TooShort as error:
+            trouble = str(error), "left out"
         except Exception as error:
-            trouble = timing.reason(error)
+            trouble = (timing.reason(error),)
         self.footage[frames] = footage
         videos = self._videos(footage, batch)
         jobs = {variant: self._job(variant, videos) for variant in VARIANTS}
         rows = {variant: self._row(job) for variant, job in jobs.items()}
         self.found |= {(frames, variant, batch): row for variant, row in rows.items()}
-        parts = {}
+        parts, owed = {}, 0.0
         for variant, job in jobs.items():
             if trouble:
-                rows[variant].fail(*_status(trouble))
-            elif why := self._too_late(job, self._reserved(frames, variant)):
+                rows[variant].fail(*trouble)
+            elif why := self.pacing.too_late(job, owed):
                 rows[variant].fail(why, "left out")
-            else:
-                parts[variant] = self._gate(job, rows[variant])
-        self._time(jobs, rows, parts)
-        self._finish(frames, *rows.values())
+            elif sample := self._gate(job, rows[variant]):
+                parts[variant] = sample
+                owed += (self.pacing.samples(sample.generate) - (not self.cuda)) * sample.generate
+        samples = self._time(jobs, rows, parts)
+        self._finish(frames, jobs, rows, samples)
 
     def find_batch(self, frames: int, variant: str) -> None:
         """Double the batch as long as it pays; of the larger ones the best is kept."""
@@ -113,10 +114,10 @@ class Sweep:
         while True:
             job = self._job(variant, self._videos(self.footage[frames], batch))
             row = self._row(job)
-            if why := self._too_late(job):
+            if why := self.pacing.too_late(job):
                 first.search = f"batch {batch} left out, it {why}"
                 break
-            self._time({variant: job}, {variant: row}, {variant: self._gate(job, row)})
+            samples = self._time({variant: job}, {variant: row}, {variant: self._gate(job, row)})
             first.searched = row.status in ("ok", "does not fit")
             if row.status != "ok":
                 first.search = f"batch {batch}: {row.status}, {row.reason}"
@@ -127,10 +128,12 @@ class Sweep:
                 first.search = f"batch {batch} has {100 * (row.videos_s / best.videos_s - 1):+.0f} % videos/s"
                 break
             best, batch, first.searched = row, 2 * batch, False
+            row.judge(self.machine)
+            self.pacing.learn(job, row, samples[variant])
         if best is not first:
             best.searched, best.search = first.searched, first.search
             self.found[frames, variant, best.batch] = best
-            self._finish(frames, best)
+            self._finish(frames, {}, {variant: best}, {})
 
     def longest(self, variant: str) -> Longest:
         """The longest video that ran, on a GPU narrowed down with one new token."""
@@ -148,7 +151,7 @@ class Sweep:
                     break
                 job = self._job(variant, self._videos(Footage(middle, self._longest_footage(), [], []), 1))
                 row = self._row(job)
-                if self._too_late(job):
+                if self.pacing.too_late(job):
                     break
                 self._attempt(row, lambda job=job: generate(job, job.load(), 1, parts=False))
                 if row.status == "ok":
@@ -185,10 +188,21 @@ class Sweep:
         set_times(row, {"decode": job.videos.footage.decode, "preprocess": job.videos.footage.preprocess})
         return row
 
-    def _finish(self, frames: int, *rows: VideoRow) -> None:
-        set_video_ratios([row for row in self.rows if row.frames == frames])
-        for row in rows:
+    def _finish(
+        self, frames: int, jobs: Mapping[str, Job], rows: Mapping[str, VideoRow], samples: Mapping[str, list[Sample]]
+    ) -> None:
+        """Compare, judge and learn, when all rows of a number of frames are there."""
+        of_frames = [row for row in self.rows if row.frames == frames]
+        set_video_ratios(of_frames)
+        for row in of_frames:
+            row.judge(self.machine)
+        off = any("bound" in row.doubts and row.unsteady(self.machine) for row in of_frames)
+        for variant, job in jobs.items():
+            if variant != PPLLAVA or not off:  # which of the two is wrong, the ratio does not tell
+                self.pacing.learn(job, rows[variant], samples.get(variant, []))
+        for row in rows.values():
             self.tell(row)
+        self.keep(self.rows)
         with suppress(RuntimeError):
             timing.release(self.device)
 
@@ -196,7 +210,7 @@ class Sweep:
         try:
             what()
         except Exception as error:
-            row.fail(*_status(timing.reason(error)))
+            row.fail(timing.reason(error))
         if row.status != "ok":
             with suppress(RuntimeError):  # of a GPU that is lost: the rows after this one say so
                 timing.release(self.device)
@@ -226,12 +240,10 @@ class Sweep:
             if self.cuda:  # the first one compiled
                 sample = self._generate(job, inputs)
                 sample.output = None
+                if shape(job) not in self.pacing.compiled:
+                    sample.start = max(first - sample.generate, 0.0)
+                    self.pacing.compiled.add(shape(job))
             samples.append(sample)
-            start = self.paces.get(job.variant, Pace()).start
-            if _shape(job) not in self.compiled:
-                start = max(first - sample.generate, 0.0)
-                self.compiled.add(_shape(job))
-            self._learn(job, [sample], start)
 
         self._attempt(row, check)
         return samples[0] if samples and row.status == "ok" else None
@@ -251,37 +263,39 @@ class Sweep:
         }
         return None if got == expected else "; ".join(f"{x}: {got[x]}, expected {expected[x]}" for x in got)
 
-    def _time(self, jobs: Mapping[str, Job], rows: Mapping[str, VideoRow], parts: Mapping[str, Sample | None]) -> None:
-        """Round robin, so that noise hits all; fewer rounds where another one would pass the time limit.
+    def _time(
+        self, jobs: Mapping[str, Job], rows: Mapping[str, VideoRow], parts: Mapping[str, Sample | None]
+    ) -> dict[str, list[Sample]]:
+        """Round robin, so that noise hits all: SAMPLES of each, and more while there is time. The samples by variant.
 
         parts: of each variant the sample with the time of vision and projector, which on a GPU waits for both
         """
         first = {v: sample for v, sample in parts.items() if sample is not None}
-        more = {v: self._more(sample.generate) for v, sample in first.items()}
-        samples = {v: [] if self.cuda and more[v] else [sample] for v, sample in first.items()}
-        took = 0.0
-        for i in range(max(more.values(), default=0)):
-            if i and self._late(took):
+        wanted = {v: self.pacing.samples(sample.generate) for v, sample in first.items()}
+        samples: dict[str, list[Sample]] = {v: [] if self.cuda else [sample] for v, sample in first.items()}
+        for v in () if self.cuda else first:
+            self._settle(rows[v], first[v], samples[v])
+        took, turns = 0.0, 0 if self.cuda else 1
+        while turn := [v for v, some in samples.items() if rows[v].status == "ok" and len(some) < wanted[v]]:
+            if all(len(samples[v]) >= min(SAMPLES, wanted[v]) for v in turn) and self.pacing.late(took):
                 break
             start = time.monotonic()
-            turn = [v for v in more if more[v] > i]
-            for v in (*turn[i % len(turn) :], *turn[: i % len(turn)]):  # nobody always runs after the same one
+            for v in (*turn[turns % len(turn) :], *turn[: turns % len(turn)]):  # nobody always runs after the same one
+                self._attempt(rows[v], lambda v=v: samples[v].append(self._sample(jobs[v])))
                 if rows[v].status == "ok":
-                    self._attempt(rows[v], lambda v=v: samples[v].append(self._sample(jobs[v])))
-            took = time.monotonic() - start
-        for v, some in samples.items():
-            if rows[v].status == "ok":
-                inner = [first[v]] if self.cuda else some
-                seconds = {key: [getattr(x, key) for x in inner] for key in ("vision", "projector", "prefill")}
-                seconds |= {key: [getattr(x, key) for x in some] for key in ("first_token", "token", "generate")}
-                set_times(rows[v], seconds)
-                rows[v].samples = len(some)
-                rows[v].set_rates()
-                self._learn(jobs[v], [first[v], *some], self.paces[v].start)
+                    self._settle(rows[v], first[v], samples[v])
+                    self.keep(self.rows)
+            took, turns = time.monotonic() - start, turns + 1
+        return {v: [first[v], *some] for v, some in samples.items()}
 
-    def _more(self, seconds: float) -> int:
-        """Samples after the first one, of so many seconds."""
-        return max(min(self.args.repeats, int(SAMPLES_S / max(seconds, 1e-9))) - (0 if self.cuda else 1), 0)
+    def _settle(self, row: VideoRow, first: Sample, samples: Sequence[Sample]) -> None:
+        """The times of a row from its samples so far."""
+        inner = [first] if self.cuda else samples
+        seconds = {key: [getattr(x, key) for x in inner] for key in ("vision", "projector", "prefill")}
+        seconds |= {key: [getattr(x, key) for x in samples] for key in ("first_token", "token", "generate")}
+        set_times(row, seconds)
+        row.samples, row.load = len(samples), Load.total(x.load for x in samples)
+        row.set_rates()
 
     def _sample(self, job: Job) -> Sample:
         sample = self._generate(job, job.load(), parts=not self.cuda)
@@ -291,63 +305,10 @@ class Sweep:
     def _generate(self, job: Job, inputs: dict[str, torch.Tensor], **options: bool) -> Sample:
         return generate(job, inputs, self.args.new_tokens, **options)
 
-    # ---- time
-
-    def _late(self, more: float) -> bool:
-        return time.monotonic() - self.start + more > (self.args.time_limit or float("inf"))
-
-    def _learn(self, job: Job, samples: Sequence[Sample], start: float) -> None:
-        """From the fastest so far, since what disturbs a sample makes it slower."""
-        flop = min(x.first_token for x in samples) / job.videos.batch / sum(job.flops.values())
-        if job.variant in self.paces:
-            flop = min(flop, self.paces[job.variant].flop)
-        self.paces[job.variant] = Pace(flop, min(x.token or 0.0 for x in samples), start)
-
-    def _seconds(self, job: Job, compiled: Set[Shape]) -> float:
-        """That a row will take, as far as the rows before it tell."""
-        ours = self.paces.get(PPLLAVA) or Pace()
-        pace = self.paces.get(job.variant) or ours
-        flop = max(pace.flop, ours.flop)
-        one = flop * job.videos.batch * sum(job.flops.values()) + pace.token * (self.args.new_tokens - 1)
-        calls = (2 if self.cuda else 1) + self._more(one)
-        return calls * one + (0.0 if _shape(job) in compiled else pace.start)
-
-    def _reserved(self, frames: int, variant: str) -> float:
-        """Seconds that a row leaves to others: those of PPLLaVA with more frames."""
-        if variant == PPLLAVA:
-            return 0.0
-        compiled, seconds = set(self.compiled), 0.0
-        for n in self.args.frames:
-            if n > frames:
-                videos = self._videos(Footage(n, torch.empty(0), [], []), self.args.batch or 1)
-                job = self._job(PPLLAVA, videos)
-                seconds += self._seconds(job, compiled)
-                compiled.add(_shape(job))
-        batches = BATCHES * (self.args.time_limit or 0.0) if variant == OPS_OFF and not self.args.batch else 0.0
-        return MARGIN * seconds + batches
-
-    def _too_late(self, job: Job, reserved: float = 0.0) -> str | None:
-        seconds, limit = self._seconds(job, self.compiled), self.args.row_limit
-        if limit is not None and seconds > limit:
-            return f"would take about {seconds:.0f} s, --row-limit is {limit:.0f}"
-        if seconds < CHEAP * (self.args.time_limit or 0.0):
-            reserved = 0.0
-        if self._late(seconds + reserved):
-            return f"would take about {seconds:.0f} s, which --time-limit {self.args.time_limit:.0f} does not leave"
-        return None
-
 
 def set_times(row: VideoRow, seconds: Mapping[str, Sequence[float | None]]) -> None:
     for name, some in seconds.items():
         if some and None not in some:
             t = timing.Timing.of(some)
-            setattr(row, f"{name}_ms", {"p20": 1e3 * t.p20, "p50": 1e3 * t.p50, "p80": 1e3 * t.p80})
-
-
-def _shape(job: Job) -> Shape:
-    """For which a model compiles its step."""
-    return job.entrant.model, tuple(job.entrant.settings), job.videos.batch, job.length
-
-
-def _status(reason: str) -> tuple[str, str]:
-    return reason, "does not fit" if reason == "out of memory" else "failed"
+            spread = {"best": min(some), "p20": t.p20, "p50": t.p50, "p80": t.p80}
+            setattr(row, f"{name}_ms", {key: 1e3 * value for key, value in spread.items()})

@@ -6,17 +6,16 @@ Of a CPU no absolute times, which say little about another one; ratios and share
 from __future__ import annotations
 
 from . import report
-from .report import show
-from .video_report import OPS_OFF, PARTS, PEER, PEER_TUNED, PPLLAVA, Longest, shares
+from .report import MARK, show
+from .video_report import AGAINST, OPS_OFF, PARTS, PEER, PPLLAVA, Longest, best, shares
 
-AGAINST = (PEER_TUNED, PEER)
 PAST = "\\*"
-LEFT_OUT, FOR_TIME = "left out", "left out for lack of time"
+LEFT_OUT = "left out"
 Lines = list[list[str]]
 
 
 def short(result: dict) -> tuple[Lines, list[str]]:
-    """(lines, notes): PPLLaVA against the peer, with all settings of ours / as users run it."""
+    """(lines, notes): PPLLaVA against the peer, with our settings / as users run it."""
     cuda = result["machine"]["type"] == "cuda"
     clips = _by_frames(result["rows"])
     columns = {
@@ -26,29 +25,31 @@ def short(result: dict) -> tuple[Lines, list[str]]:
         "x videos/s, best batches": ("videos_s", "best"),
         "x memory": ("peak_bytes", "ratios"),
     }
+    if not any(rows[PPLLAVA]["best"] for rows in clips.values()):
+        del columns["x videos/s, best batches"]
     absolute = ["first token, ms", "videos/s"] if cuda else []
-    fewer = "x fewer than unpooled / than the peer"
-    head = ["frames", "visual tokens", fewer, *absolute, "bound", *columns]
+    head = ["frames", "visual tokens", "x fewer tokens", *absolute, "bound", *columns]
     lines = [head, ["---:"] * len(head)]
     for frames, rows in clips.items():
         ours, peer = rows[PPLLAVA], rows[PEER]
         counts = f"{ours['visual_tokens']:,} / {peer['visual_tokens']:,}{PAST if peer['past_context'] else ''}"
-        unpooled = _patches(peer) / ours["visual_tokens"]
-        cells = [f"{frames:,}", counts, f"{show(unpooled)} / {show(peer['visual_tokens'] / ours['visual_tokens'])}"]
+        cells = [f"{frames:,}", counts, show(peer["visual_tokens"] / ours["visual_tokens"])]
         if cuda:
             cells.append(_ms(ours, "first_token_ms"))
             cells.append(_rate(ours["videos_s"]))
         cells.append(show(ours["ratios"][PEER]["flops"]))
+        marks = [MARK * any(row.get("doubts") for row in (ours, rows[name])) for name in AGAINST]
         compared = [[ours[kind].get(name, {}).get(key) for name in AGAINST] for key, kind in columns.values()]
-        cells += [" / ".join(map(show, each)) for each in compared]
+        cells += [" / ".join("-" if n is None else show(n) + mark for n, mark in zip(each, marks)) for each in compared]
         if compared[0] == [None, None]:  # of both the same reason, or a reason each
             reasons = dict.fromkeys(_trouble(ours, rows[name]) for name in AGAINST)
             cells[-len(columns) :] = [" / ".join(reasons), *["-"] * (len(columns) - 1)]
         lines.append(cells)
+    best_batches = ", and each at the batch with the most videos/s" if len(columns) == 5 else ""
     notes = [
-        f"x: how many times better than {PEER} with all settings of ours / as users run it, below 1 is worse; at batch "
-        f"{result['protocol']['batch'] or 1}, and each at the batch with the most videos/s, where it is known. Bound: "
-        "the FLOPs of the peer over ours up to the first token, what arithmetic alone would make of that ratio.",
+        f"{PPLLAVA} / {PEER}: visual tokens. x: how many times better {PPLLAVA} is than {PEER} with our settings / as "
+        f"users run it, below 1 is worse; at batch {result['protocol']['batch'] or 1}{best_batches}. Bound: how many "
+        f"times more FLOPs {PEER} needs up to the first token, so what arithmetic alone would make of x first token.",
         *_notes(result),
         *_longest(result),
     ]
@@ -76,8 +77,8 @@ def full(result: dict) -> tuple[Lines, list[str]]:
         found = ours["ratios"].get(row["variant"], {}) if row["batch"] == ours["batch"] else {}
         if row["variant"] in ours["best"] and row["batch"] == ours["best"][row["variant"]]["peer_batch"] > 1:
             found = found or ours["best"][row["variant"]]
-        star = PAST if row["past_context"] else ""
-        cells = [f"{row['frames']:,}", row["variant"], str(row["batch"]), f"{row['visual_tokens']:,}{star}"]
+        star, mark = PAST if row["past_context"] else "", f" {MARK}" if row.get("doubts") else ""
+        cells = [f"{row['frames']:,}", row["variant"] + mark, str(row["batch"]), f"{row['visual_tokens']:,}{star}"]
         if cuda:
             cells += [_ms(row, "first_token_ms"), _ms(row, "token_ms")]
             cells += [_rate(row["videos_s"]), _rate(row["videos_s_file"])]
@@ -102,21 +103,16 @@ def full(result: dict) -> tuple[Lines, list[str]]:
     return lines, notes
 
 
-def _patches(peer: dict) -> int:
-    """Of a video; the peer averages four of them into one token."""
-    return 4 * peer["visual_tokens"]
-
-
 def _longest(result: dict) -> list[str]:
     each = [Longest(**each) for each in result["longest"]]
     for one in each:
         if one.why == LEFT_OUT:  # the reason is a time
-            one.why, one.reason = FOR_TIME, None
+            one.reason = None
     return ["The longest video that ran:", *(one.sentence() for one in each)] if each else []
 
 
 def _notes(result: dict) -> list[str]:
-    machine, setup = result["machine"], result["protocol"]
+    setup = result["protocol"]
     notes = [
         f"Sizes of `{setup['preset']}` with random weights, {setup['dtype']}, {setup['new_tokens']} new tokens, at "
         f"most {setup['tokens']:,} visual tokens of {PPLLAVA}; frames of one H.264 file for all.",
@@ -127,13 +123,15 @@ def _notes(result: dict) -> list[str]:
             f"{PAST}: more than the positions that its language model was configured for. It is run all the same where "
             "memory and time allow, but its answer would be worth nothing."
         )
-    bad: dict[tuple[str, str], list[str]] = {}
+    bad: dict[str, dict[str, list[str]]] = {}
     for row in result["rows"]:
         if row["status"] != "ok":
-            why = FOR_TIME if row["status"] == LEFT_OUT else f"{row['status']} ({row['reason']})"
-            bad.setdefault((row["variant"], why), []).append(f"{row['frames']:,}")
-    notes += [f"{variant}, {_and(frames)} frames: {why}." for (variant, why), frames in bad.items()]
-    return notes + ([warning] if (warning := report.busy(machine)) else [])
+            why = LEFT_OUT if row["status"] == LEFT_OUT else f"{row['status']} ({row['reason']})"
+            bad.setdefault(why, {}).setdefault(row["variant"], []).append(f"{row['frames']:,}")
+    for why, variants in bad.items():
+        each = "; ".join(f"{variant}, at {_and(frames)} frames" for variant, frames in variants.items())
+        notes.append(f"{'Left out for lack of time' if why == LEFT_OUT else why.capitalize()}: {each}.")
+    return notes + report.doubts_of(result["rows"], lambda row: f"{row['variant']}, {row['frames']:,} frames")
 
 
 def _and(words: list[str]) -> str:
@@ -153,7 +151,7 @@ def _trouble(*rows: dict) -> str:
 
 
 def _ms(row: dict, key: str) -> str:
-    return row["status"] if row["status"] != "ok" else show(row[key] and row[key]["p50"])
+    return row["status"] if row["status"] != "ok" else show(row[key] and best(row[key]))
 
 
 def _rate(rate: float | None) -> str:

@@ -17,6 +17,7 @@ from ppllava.quantization import fp8, fp8_linears, why_not_fp8
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 from benchmarks import fp8 as benchmark
+from benchmarks import fp8_report
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install torchao"
@@ -262,7 +263,7 @@ def test_the_command(folder, tmp_path, capsys):
     result = json.loads((tmp_path / "here" / "fp8.json").read_text())
     assert result["protocol"]["emulated"]
     assert result["protocol"]["left_out"] == []
-    assert [(row["frames"], row["visual_tokens"], row["samples"]) for row in result["rows"]] == [(2, 4, 6), (5, 8, 6)]
+    assert [(row["frames"], row["visual_tokens"], row["samples"]) for row in result["rows"]] == [(2, 4, 3), (5, 8, 3)]
     for row in result["rows"]:
         assert row["status"] == "ok"
         assert row["ms"] == {}
@@ -272,20 +273,21 @@ def test_the_command(folder, tmp_path, capsys):
             assert 0 < bf16 < fp8_ < 1, name
             assert row["errors"]["fp8"][name]["worst"] >= fp8_
         assert row["errors"]["fp8"]["equal_tokens"]["mean"] <= row["errors"]["bf16"]["equal_tokens"]["mean"] <= 1
-    block = benchmark.fp8_block(tmp_path, tmp_path)
+    block = fp8_report.fp8_block(tmp_path, tmp_path)
     assert block.count("| fp8 against bf16 |") == block.count("| bf16 against float32 |") == 2
     assert "**CUDA GPU**: not measured yet." in block
     assert "**CPU**" not in block
-    assert f"| {benchmark.cells(result['rows'][0]['errors']['fp8'])[0]} |" in block
-    assert "fp8 is emulated here" in capsys.readouterr().out
-    assert benchmark.fp8_block(tmp_path / "none", tmp_path).count("not measured yet") == 2
+    assert f"| {fp8_report.cells(result['rows'][0]['errors']['fp8'])[0]} |" in block
+    assert "fp8 is emulated on a CPU" in capsys.readouterr().out
+    assert fp8_report.fp8_block(tmp_path / "none", tmp_path).count("not measured yet") == 2
 
 
 @needs_torchao
-def test_what_is_not_in_fp8_is_wrong(folder, tmp_path, monkeypatch):
+def test_what_is_not_in_fp8_is_wrong(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "emulate", lambda model: model)
     assert command(folder, tmp_path / "here", "--frames", "2") == 1
-    block = benchmark.fp8_block(tmp_path, tmp_path)
+    assert "WRONG: 2 frames, 4 visual tokens: fp8 gave the bits of bfloat16" in capsys.readouterr().out
+    block = fp8_report.fp8_block(tmp_path, tmp_path)
     assert "2 frames: wrong (fp8 gave the bits of bfloat16" in block
     assert "against bf16" not in block
 
@@ -293,7 +295,7 @@ def test_what_is_not_in_fp8_is_wrong(folder, tmp_path, monkeypatch):
 @needs_torchao
 def test_time_limit(folder, tmp_path):
     assert command(folder, tmp_path / "here", "--frames", "2", "5", "--time-limit", "0") == 0
-    assert "Left out for lack of time: 2 frames, 5 frames." in benchmark.fp8_block(tmp_path, tmp_path)
+    assert "Left out for lack of time: 2 frames, 5 frames." in fp8_report.fp8_block(tmp_path, tmp_path)
 
 
 @needs_torchao
@@ -305,13 +307,16 @@ def test_times_of_every_part(tmp_path, monkeypatch):
     row = benchmark.Fp8Row(frames=4, visual_tokens=4, samples=1, weight_bytes={"bf16": 2, "fp8": 1})
     benchmark.time_row(row, models, next(benchmark.inputs(processor, 4, 1, "cpu")), "cpu", compiled=False)
     assert row.failed == {"vision": {}, "prefill": {}, "token": {}}
-    assert {part: list(times) for part, times in row.ms.items()} == {name: ["bf16", "fp8"] for name in benchmark.PARTS}
+    assert {part: list(times) for part, times in row.ms.items()} == {name: ["bf16", "fp8"] for name in fp8_report.PARTS}
     row.ms["vision"] = {"bf16": {"p50": 30.0}, "fp8": {"p50": 20.0}, "compile(bf16)": {"p50": 12.0}}
     row.failed["vision"] = {"compile(fp8)": "RuntimeError: no"}
+    assert fp8_report.failures([row]) == [
+        "FAILED: 4 frames, 4 visual tokens, vision tower, compile(fp8): RuntimeError: no"
+    ]
     args = benchmark.parse(["--device", "cpu"])
     machine = benchmark.machine_info("cpu", ["python"]) | {"type": "cuda", "device": "a GPU"}
     benchmark.report.write(tmp_path / "gpu" / "fp8.json", "fp8", machine, benchmark.protocol(args, []), [row.as_dict()])
-    block = benchmark.fp8_block(tmp_path, tmp_path)
+    block = fp8_report.fp8_block(tmp_path, tmp_path)
     assert "| 4 | vision tower | 30 | 20 | 1.5 | 12 | - | - |" in block
     assert "vision tower, compile(fp8): failed (RuntimeError: no)." in block
     assert "**CPU**: not measured yet." in block

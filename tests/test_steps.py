@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching import alone  # noqa: F401
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
@@ -102,11 +103,34 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(steps.ppllava, "encode_video", too_large)
-    assert command(tmp_path) == 0
+    assert command(tmp_path) == 0  # which is a result
     rows = rows_of(tmp_path)
     assert {name for name, row in rows.items() if row["status"] != "ok"} == {STEPS[-2].name, STEPS[-1].name}
     assert rows[STEPS[-2].name]["reason"] == "out of memory"
     assert rows[STEPS[-2].name]["ratio"] is None
+
+
+def test_a_failure_fails_the_command_and_says_why(tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise ValueError("a video must be a path")
+
+    monkeypatch.setattr(steps.ppllava, "encode_video", broken)
+    assert command(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED: {STEPS[-2].name}: ValueError: a video must be a path" in out
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps.ppllava, "batch", stopped)
+    with pytest.raises(SystemExit) as error:
+        command(tmp_path)
+    assert error.value.code == 130
+    assert not (tmp_path / "steps.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; its 7 rows are in ")
+    assert len(report.read(tmp_path / "steps.partial.json", "steps")["rows"]) == len(STEPS) - 1
 
 
 def test_the_time_limit_leaves_steps_out_and_says_so(tmp_path):
@@ -124,7 +148,8 @@ def test_the_chart_and_the_table_show_this_file(ran, tmp_path):
     folder.mkdir(parents=True)
     result = json.loads((ran / "steps.json").read_text())
     for row, ratio in zip(result["rows"], (2.0, 1.5, 1.0, 1.2, 0.9, 1.1, 1.0, 2.0)):
-        row["ratio"] = ratio
+        row["ratio"], row["doubts"] = ratio, {}
+    result["rows"][1]["doubts"] = {"samples": "one sample"}
     result["rows"][6].update(status="failed", reason="out of memory", ratio=None)
     (folder / "steps.json").write_text(json.dumps(result))
     (tmp_path / "README.md").write_text("<!-- begin: steps -->\n<!-- end: steps -->\n")
@@ -133,6 +158,8 @@ def test_the_chart_and_the_table_show_this_file(ran, tmp_path):
     assert "| attention by SDPA | transformers' default | 2.00 | 2.00 | yes |" in text
     assert "| vision tower compiled | `model.model.vision_tower.compile()` | 0.90 |  | no |" in text
     assert "| batches, each clip encoded once | `ppllava.batch`, `ppllava run` | 2.00 | 7.20 | yes |" in text
+    assert "| no unused layers in the vision tower | always | 1.50? | 3.00 | yes |" in text
+    assert "?: not to be believed (one sample): no unused layers in the vision tower." in text
     assert "frames decoded while the tower runs: failed (out of memory)." in text
     assert (folder / "steps.png").exists()
 

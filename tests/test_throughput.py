@@ -5,45 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching import (  # noqa: F401
+    MODELS,
+    NEW_TOKENS,
+    TOKENS,
+    alone,
+    command,
+    once,
+    one_thread,
+    rows_of,
+    short_clip,
+    sweep,
+)
 
 from ppllava_kernels import modules, pooled_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 from benchmarks import report, throughput, video_models, video_runs, video_sweep
 from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS
-from benchmarks.video_sweep import Pace
+from benchmarks.video_time import Pace
 
 pytestmark = pytest.mark.xdist_group("throughput")  # one run of what all look at
 
-FRAMES, BATCH, NEW_TOKENS, REPEATS, TOKENS = (2, 7), 2, 3, 2, 10
-MODELS = {PPLLAVA: PPLLAVA, OPS_OFF: PPLLAVA, PEER: PEER, PEER_TUNED: PEER}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny, and threads that wait for each other on a busy machine take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_clip():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video_models, "CLIP_FRAMES", 20)
-        patch.setattr(video_sweep, "CLIP_FRAMES", 20)
-        patch.setattr(video_models, "PERIOD", 20)
-        yield
-
-
-def command(folder, *arguments):
-    fixed = {"--preset": "tiny", "--device": "cpu", "--new-tokens": str(NEW_TOKENS), "--out": str(folder)}
-    return throughput.main([*(word for pair in fixed.items() for word in pair), *arguments])
-
-
-def once(folder, *arguments, frames=(4,)):
-    return command(folder, "--batch", "1", "--repeats", "1", "--frames", *map(str, frames), *arguments)
+FRAMES, BATCH, REPEATS = (2, 7), 2, 2
 
 
 def change_models(patch, change):
@@ -56,13 +40,6 @@ def change_models(patch, change):
         return models, processor
 
     patch.setattr(video_sweep, "build_models", changed)
-
-
-def rows_of(folder):
-    result = report.read(folder / "throughput.json", "throughput")
-    return {
-        (row["frames"], row["variant"]): row for row in result["rows"] if row["batch"] == result["rows"][0]["batch"]
-    }
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +70,12 @@ def test_every_variant_has_consistent_numbers(ran):
         assert row["visual_tokens"] == (ours - ours % 4 if MODELS[name] == PPLLAVA else frames * 9)
         for key in ("decode", "preprocess", "vision", "projector", "prefill", "first_token", "token", "generate"):
             spread = row[f"{key}_ms"]
-            assert 0 < spread["p20"] <= spread["p50"] <= spread["p80"]
+            assert 0 < spread["best"] <= spread["p20"] <= spread["p50"] <= spread["p80"]
         assert row["first_token_ms"]["p20"] < row["generate_ms"]["p20"]
         assert row["samples"] == REPEATS
-        assert row["videos_s"] == pytest.approx(1e3 * BATCH / row["generate_ms"]["p50"], rel=1e-3)
-        file = BATCH * (row["decode_ms"]["p50"] + row["preprocess_ms"]["p50"])
-        assert row["videos_s_file"] == pytest.approx(1e3 * BATCH / (file + row["generate_ms"]["p50"]), rel=1e-3)
+        assert row["videos_s"] == pytest.approx(1e3 * BATCH / row["generate_ms"]["best"], rel=1e-3)
+        file = BATCH * (row["decode_ms"]["best"] + row["preprocess_ms"]["best"])
+        assert row["videos_s_file"] == pytest.approx(1e3 * BATCH / (file + row["generate_ms"]["best"]), rel=1e-3)
         assert row["weight_bytes"] > 0
         if row["peak_bytes"] is not None:
             assert row["peak_bytes"] >= row["weight_bytes"] + BATCH * frames * 3 * 42 * 42 * 4
@@ -141,6 +118,7 @@ def test_the_batch_is_doubled_as_long_as_it_pays(monkeypatch, tmp_path):
         return sample
 
     monkeypatch.setattr(video_sweep, "generate", paced)
+    monkeypatch.delitem(throughput.DEFAULTS["cpu"], "batch")  # as on a GPU
     assert command(tmp_path, "--repeats", "1", "--frames", "4") == 0
     rows = report.read(tmp_path / "throughput.json", "throughput")["rows"]
     assert {v: [row["batch"] for row in rows if row["variant"] == v] for v in VARIANTS} == {
@@ -194,6 +172,7 @@ def test_a_larger_batch_that_is_wrong_fails_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(
         video_sweep.Sweep, "_trouble", lambda *args: "lost" if args[1].videos.batch > 1 else trouble(*args)
     )
+    monkeypatch.delitem(throughput.DEFAULTS["cpu"], "batch")
     assert command(tmp_path, "--repeats", "1", "--frames", "4") == 1
     rows = report.read(tmp_path / "throughput.json", "throughput")["rows"]
     assert {row["batch"]: row["status"] for row in rows} == {1: "ok", 2: "wrong"}
@@ -260,36 +239,91 @@ def test_the_time_limit_leaves_out_rows_and_says_so(tmp_path, capsys):
     assert "--time-limit" in capsys.readouterr().out
 
 
-def sweep(*arguments, frames=(4, 8, 16)):
-    args = throughput.parse(["--preset", "tiny", "--device", "cpu", "--frames", *map(str, frames), *arguments])
-    return args, lambda folder: video_sweep.Sweep(args, folder, lambda row: None)
+def test_a_failure_fails_the_command_and_says_why(monkeypatch, tmp_path, capsys):
+    run = video_sweep.generate
+
+    def broken(job, *args, **kwargs):
+        if job.variant == PEER:
+            raise ValueError("no such layer")
+        return run(job, *args, **kwargs)
+
+    monkeypatch.setattr(video_sweep, "generate", broken)
+    assert once(tmp_path) == 1
+    row = rows_of(tmp_path)[4, PEER]
+    assert (row["status"], row["reason"]) == ("failed", "ValueError: no such layer")
+    assert "FAILED: 4 frames, LLaVA-NeXT-Video, 36 visual tokens: ValueError: no such layer" in capsys.readouterr().out
 
 
-def test_time_is_kept_for_the_rows_of_ppllava(tmp_path):
-    """By the FLOPs of the rows to come, at its best rate so far."""
-    _, make = sweep("--batch", "1", "--time-limit", "1000")
-    some = make(tmp_path)
+def test_ctrl_c_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    (tmp_path / "throughput.json").write_text("older results")
+    measure = video_sweep.Sweep.measure
 
-    def job(variant, frames):
-        return some._job(variant, some._videos(video_models.Footage(frames, torch.empty(0), [], []), 1))
+    def stopped(self, frames):
+        if frames == 6:
+            raise KeyboardInterrupt
+        measure(self, frames)
 
-    flops = {n: sum(job(PPLLAVA, n).flops.values()) for n in (4, 8, 16)}
-    some.paces = {PPLLAVA: Pace(300 / flops[16]), PEER: Pace(500 / flops[16])}
-    later = some.paces[PPLLAVA].flop * (flops[8] + flops[16])
-    assert some._reserved(4, PEER) == pytest.approx(video_sweep.MARGIN * later)
-    assert some._reserved(4, PPLLAVA) == some._reserved(16, PEER) == some._reserved(16, OPS_OFF) == 0
-    some.args.batch = None  # the best is searched for
-    assert some._reserved(16, OPS_OFF) == pytest.approx(1000 * video_sweep.BATCHES)
-    peer = job(PEER, 4)
-    assert some._seconds(peer, set()) == pytest.approx(500 * sum(peer.flops.values()) / flops[16])
-    assert some._too_late(peer, some._reserved(4, PEER)) is None
-    some.start -= 990 - video_sweep.MARGIN * later - some._seconds(peer, set())
-    assert some._too_late(peer, some._reserved(4, PEER)) is None
-    some.start -= 20
-    assert "--time-limit 1000 does not leave" in some._too_late(peer, some._reserved(4, PEER))
-    assert some._too_late(job(PPLLAVA, 4)) is None
-    some.paces[PEER] = some.paces[PPLLAVA] = Pace(1e-12)  # so short that nothing waits for it
-    assert some._too_late(peer, some._reserved(4, PEER)) is None
+    monkeypatch.setattr(video_sweep.Sweep, "measure", stopped)
+    with pytest.raises(SystemExit) as error:
+        once(tmp_path, frames=(4, 6))
+    assert error.value.code == 130
+    assert (tmp_path / "throughput.json").read_text() == "older results"
+    rows = report.read(tmp_path / "throughput.partial.json", "throughput")["rows"]
+    assert [(row["frames"], row["variant"]) for row in rows] == [(4, variant) for variant in VARIANTS]
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith("interrupted; its 4 rows are in ")
+
+
+def test_an_own_video_and_own_weights(tmp_path, capsys):
+    model, processor = video_models.presets.build("tiny", seed=5)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "weights")
+    clip = video_models.encode_clip(tmp_path / "holiday.mp4", 20)
+    args = ["--video", str(clip), "--model", str(tmp_path / "weights"), "--device", "cpu", "--new-tokens", "2"]
+    args += ["--dtype", "float32", "--frames", "4", "21", "--repeats", "2", "--out", str(tmp_path)]
+    assert throughput.main(args) == 0
+    result = report.read(tmp_path / "throughput.json", "throughput")
+    assert result["protocol"]["clip"] == "holiday.mp4; n frames of all of it, for all models"
+    assert result["protocol"]["weights"] == "of weights; of LLaVA-NeXT-Video random, in the same sizes"
+    rows = {(row["frames"], row["variant"]): row for row in result["rows"]}
+    assert {rows[4, variant]["status"] for variant in VARIANTS} == {"ok"}
+    assert {rows[21, v]["reason"] for v in VARIANTS} == {"holiday.mp4 has 20 frames"}
+    assert {rows[21, v]["status"] for v in VARIANTS} == {"left out"}
+    assert "LLaVA-NeXT-Video has random weights in the sizes of " in capsys.readouterr().out
+    models, _ = video_models.build_models(None, torch.float32, "cpu", TOKENS, str(tmp_path / "weights"))
+    assert all(map(torch.equal, models[PPLLAVA].parameters(), model.parameters()))
+    like = video_models.presets.peer_config("tiny")
+    peer = models[PEER].config
+    assert peer.text_config.hidden_size == like.text_config.hidden_size
+    assert peer.vision_config.num_hidden_layers == like.vision_config.num_hidden_layers
+    assert peer.video_token_id == like.video_token_id
+    picked = video_models.Clip(clip, own=True).pick(torch.arange(20).numpy() / 30, 4)  # of all of it
+    assert picked[0] < 5
+    assert picked[-1] >= 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--video", "missing.mp4"], "--video must be a video file: "),
+        (["--model", "missing"], "--model must be the folder of a model, got 'missing', which is none"),
+        (["--model", ".", "--quick"], "--model has sizes of its own; leave out --preset and --quick"),
+        (["--preset", "qwen2-7b"], "invalid choice: 'qwen2-7b' (choose from "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse(["--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_peer_is_refused(tmp_path, capsys):
+    video_models.presets.preset_config("tiny-qwen2").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        throughput.parse(["--model", str(tmp_path)])
+    assert (
+        "--model must have a plain CLIP tower, as LLaVA-NeXT-Video has no other, got siglip" in capsys.readouterr().err
+    )
 
 
 def test_on_a_gpu_no_timed_sample_waits_for_vision(monkeypatch, tmp_path):
@@ -300,23 +334,20 @@ def test_on_a_gpu_no_timed_sample_waits_for_vision(monkeypatch, tmp_path):
         return run(job, inputs, new_tokens, parts, **kwargs)
 
     monkeypatch.setattr(video_sweep, "generate", watched)
-    _, make = sweep("--repeats", "2", "--batch", "1", "--new-tokens", "3")
-    some = make(tmp_path)
-    some.cuda = True
+    some = sweep("--repeats", "2", "--batch", "1", "--new-tokens", "3")(tmp_path)
+    some.cuda = some.pacing.cuda = True
     some.measure(4)
     for variant in VARIANTS:  # the check, which compiles, and one sample for the parts; then those that are timed
         assert [parts for name, parts in waits if name == variant] == [True, True, False, False]
     for row in some.rows:
         assert (row.status, row.samples) == ("ok", 2)
         assert row.vision_ms["p20"] == row.vision_ms["p80"]
-    assert {pace.start >= 0 for pace in some.paces.values()} == {True}
-    assert len(some.compiled) == 2  # settings are equal here, and so are the lengths of two variants each
+    assert len(some.pacing.compiled) == 2  # settings are equal here, and so are the lengths of two variants each
 
 
 def test_a_row_past_its_own_limit_is_left_out(tmp_path):
-    _, make = sweep("--row-limit", "10", "--batch", "1")
-    some = make(tmp_path)
-    some.paces = {PEER: Pace(1.0)}
+    some = sweep("--row-limit", "10", "--batch", "1")(tmp_path)
+    some.pacing.paces = {PEER: Pace(1.0)}
     some.measure(4)
     rows = {row.variant: row for row in some.rows}
     assert rows[PEER].status == "left out"
@@ -339,9 +370,3 @@ def test_the_longest_video_is_narrowed_down(monkeypatch, tmp_path):
     found = longest[PEER]
     assert (found["frames"], found["visual_tokens"], found["next"], found["why"]) == (9, 81, 10, "does not fit")
     assert (longest[PPLLAVA]["frames"], longest[PPLLAVA]["next"]) == (16, None)
-
-
-def test_a_preset_without_a_peer_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        throughput.parse(["--preset", "qwen2-7b"])
-    assert "LLaVA-NeXT-Video has no other" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """What becomes of the rows of the end-to-end benchmark: ratios, charts, and the blocks of README and docs."""
 
 import hashlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
 from benchmarks import chart, report, table, video_report, video_table
+from benchmarks.load import Load
 from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS, Longest, VideoRow
 
 NEW_TOKENS = 16
@@ -18,7 +18,6 @@ MACHINE = {
     "device": "Test 1",
     "type": "cpu",
     "cores": 2,
-    "cores_busy": 0.0,
     "torch": "2.13.0",
     "cuda": None,
     "triton": None,
@@ -49,7 +48,7 @@ def row(variant, frames, seconds, batch=1, **changes):
         peak_bytes=10**8 + GFLOP[variant] * frames * 10**7,
     )
     for name, value in parts.items():
-        setattr(result, f"{name}_ms", {"p20": 0.9 * value, "p50": value, "p80": 1.1 * value})
+        setattr(result, f"{name}_ms", {"best": value, "p20": 1.1 * value, "p50": 1.2 * value, "p80": 1.3 * value})
     for name, value in changes.items():
         setattr(result, name, value)
     result.set_rates()
@@ -152,17 +151,41 @@ def test_a_sentence_says_why_a_video_is_not_longer():
     assert Longest(PEER, None, None, 8, "failed").sentence() == "LLaVA-NeXT-Video: none; 8 frames: failed."
 
 
-def test_the_terminal_shows_every_row(rows):
-    from rich.console import Console
+def test_the_answer_is_one_line_for_each_number_of_frames(rows):
+    assert video_report.answers(rows) == [
+        "8 frames: 3.0 times the videos/s of LLaVA-NeXT-Video, first token 3.0 times sooner, 3.2 times less memory",
+        "3,600 frames: LLaVA-NeXT-Video does not fit into memory",
+    ]
+    rows[4].fail("would take about 90 s", "left out")  # our settings
+    video_report.set_video_ratios(rows[:6])
+    assert video_report.answers(rows[:6]) == [
+        "8 frames: 4.0 times the videos/s of LLaVA-NeXT-Video as users run it, first token 4.0 times sooner, "
+        "3.2 times less memory"
+    ]
+    slower = [row(PPLLAVA, 8, 6.0, peak_bytes=2 * 10**9), row(PEER, 8, 4.0), row(PEER_TUNED, 8, 3.0)]
+    video_report.set_video_ratios(slower)
+    assert video_report.answers(slower) == [
+        "8 frames: 0.5 times the videos/s of LLaVA-NeXT-Video, first token 2.0 times later, 3.4 times more memory"
+    ]
 
-    console = Console(width=300, record=True, file=io.StringIO())
-    console.print(video_report.throughput_table(rows, MACHINE))
-    lines = [line for line in console.export_text().splitlines() if line.startswith("│")]
-    assert len(lines) == len(rows)
-    assert [line.split("│")[2].strip() for line in lines] == [row.variant for row in rows]
-    assert "115,200" in lines[6]
-    assert "518,400*" in lines[7]
-    assert "does not fit" in lines[7]
+
+def test_an_answer_says_that_it_cannot_tell_and_why(rows):
+    eight = rows[:6]
+    for each in eight:
+        each.judge(MACHINE)
+    assert list(eight[4].doubts.values()) == ["50 % of its bound"]
+    assert video_report.answers(eight) == [
+        "8 frames: could not tell, LLaVA-NeXT-Video, our settings: 50 % of its bound"
+    ]
+    eight[0].load, eight[4].bound_percent = Load(2.0, 1.2, 0.2), 100.0
+    for each in eight:
+        each.judge(MACHINE)
+    assert video_report.answers(eight) == ["8 frames: could not tell, PPLLaVA: others used 0.7 of the 2 cores"]
+    eight[0].wrong("logits: 0, expected 3")
+    assert video_report.answers(eight) == ["8 frames: could not tell, PPLLaVA: wrong, logits: 0, expected 3"]
+    for each in eight:
+        each.fail("would take about 90 s", "left out")
+    assert video_report.answers(eight) == ["Could not tell: nothing was compared."]
 
 
 @pytest.mark.parametrize("cuda", [False, True])
@@ -196,10 +219,11 @@ def test_table_writes_and_checks(project):
     assert table.main(["--root", str(project), "--check"]) == 1
     assert table.main(["--root", str(project)]) == 0
     text = readme.read_text()
-    assert "| 8 | 256 / 1,152 | 18 / 4.5 | 6.0 | 3.0 / 4.0 | 50 / 67 | 3.0 / 4.0 | - / 7.0 | 3.2 / 3.2 |" in text
-    cells = "18 / 4.5 | 6.0 | left out / does not fit | - | - | - | -"
+    assert "| 8 | 256 / 1,152 | 4.5 | 6.0 | 3.0 / 4.0 | 50 / 67 | 3.0 / 4.0 | - / 7.0 | 3.2 / 3.2 |" in text
+    cells = "4.5 | 6.0 | left out / does not fit | - | - | - | -"
     assert f"| 3,600 | 115,200 / 518,400\\* | {cells} |" in text
-    assert "LLaVA-NeXT-Video, our settings, 3,600 frames: left out for lack of time." in text
+    assert "Left out for lack of time: LLaVA-NeXT-Video, our settings, at 3,600 frames." in text
+    assert "Does not fit (out of memory): LLaVA-NeXT-Video, at 3,600 frames." in text
     assert "900 s" not in text  # of a CPU
     assert "LLaVA-NeXT-Video: 8 frames, 1,152 visual tokens; 3,600 frames: does not fit (out of memory)." in text
     assert "**CUDA GPU**: not measured yet." in text
@@ -239,7 +263,26 @@ def test_absolute_times_are_those_of_a_gpu_alone(rows, tmp_path):
     assert dict(zip(lines[0], lines[9]))["first token, ms"] == "does not fit"
 
 
-def test_the_table_warns_of_a_busy_machine(rows, tmp_path):
-    result = json.loads(save(tmp_path, rows, cores_busy=1.5).read_text())
-    for tables in (video_table.short, video_table.full):
-        assert any("no ratio here is reliable" in note for note in tables(result)[1])
+def test_the_tables_mark_what_is_not_to_be_believed(rows, tmp_path):
+    rows[3].load = Load(10.0, 6.0)
+    for each in rows:
+        each.judge(MACHINE)
+    rows[4].doubts = {}
+    result = json.loads(save(tmp_path, rows).read_text())
+    assert result["rows"][3]["load"] == {"wall_s": 10.0, "others_s": 6.0, "steal_s": 0.0}
+    lines, notes = video_table.short(result)
+    assert dict(zip(lines[0], lines[2]))["x first token"] == "3.0 / 4.0?"
+    lines, more = video_table.full(result)
+    assert [line[1] for line in lines[2:7]] == [PPLLAVA, PPLLAVA, f"{PEER} ?", f"{PEER} ?", PEER_TUNED]
+    for each in (notes, more):
+        assert "?: not to be believed (others used 0.6 of the 2 cores): LLaVA-NeXT-Video, 8 frames." in each
+
+
+def test_the_column_of_best_batches_is_there_where_they_were_searched(rows, tmp_path):
+    result = json.loads(save(tmp_path, rows).read_text())
+    assert "x videos/s, best batches" in video_table.short(result)[0][0]
+    for each in result["rows"]:
+        each["best"] = {}
+    lines, notes = video_table.short(result)
+    assert lines[0][4:] == ["x first token", "% of the bound", "x videos/s", "x memory"]
+    assert "most videos/s" not in notes[0]
