@@ -28,8 +28,8 @@ class Case:
 
 
 CASES = {
-    "divisible": Case((2, 4, 3, 6)),
-    "leftover": Case((1, 5, 4, 7)),
+    "divisible": Case((2, 2, 3, 6)),
+    "leftover": Case((1, 3, 4, 7)),
     "overlap": Case((1, 3, 3, 5), window=dict(kernel_size=(2, 2, 3), stride=(1, 1, 2))),
     "gaps": Case((1, 3, 5, 6), window=dict(kernel_size=(1, 2, 2), stride=(2, 3, 3))),
     "image": Case((2, 1, 3, 6), window=dict(kernel_size=(1, 3, 3))),

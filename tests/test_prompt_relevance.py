@@ -23,7 +23,8 @@ def test_strides(case, layout, place):
 
 def test_many_patches_take_several_programs(place):
     """More patches than one block or program of any backend handles."""
-    case = Case((2, 5, 12, 11), (256, 1))
+    # In the interpreter one frame, of more than the 512 patches that a sum takes at a time: programs take seconds.
+    case = Case((1, 1, 23, 23), (8, 1)) if place == ("triton", "cpu") else Case((2, 5, 12, 11), (256, 1))
     check("prompt_relevance", case, make_inputs(case), place)
 
 
