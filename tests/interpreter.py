@@ -7,7 +7,7 @@ test_interpreter.py compares it bit for bit, and test_rounding.py holds every ba
 
 Most of its time is for nothing: it puts its own functions into triton.language for a launch, and does so again at each
 call of a helper, `tl.sum` included, where nothing is left to put. Each integer sum is made in int64, too, for a check
-of debug=True alone. And the shape of every tensor, of which there are few, is wrapped and multiplied anew.
+of debug=True alone. And types and shapes, of which there are few, are made anew for every result.
 """
 
 import dataclasses
@@ -41,25 +41,45 @@ def make_fast() -> None:
         patched.clear()
         return launch(self, *args, **kwargs)
 
-    np_dtype, init = interpreter._get_np_dtype, tl.tensor.__init__
-    known, shapes = {}, {}  # by the name of a type, which has all of it
+    interpreter._patch_lang = patch_what_is_new
+    interpreter.GridExecutor.__call__ = launch_anew
+    know_types()
+
+
+def know_types() -> None:
+    """By name, which says all of a type."""
+    np_dtype, tensor, block, unwrap = interpreter._get_np_dtype, tl.tensor.__init__, tl.block_type.__init__, tl.core._unwrap_if_constexpr
+    equal, dtypes, shapes, blocks = tl.dtype.__eq__, {}, {}, {}
 
     def known_np_dtype(dtype):
-        if dtype.name not in known:
-            known[dtype.name] = np_dtype(dtype)
-        return known[dtype.name]
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = np_dtype(dtype)
+        return dtypes[dtype.name]
 
-    def init_with_known_shape(self, handle, dtype):
+    def tensor_of_known_shape(self, handle, dtype):
         if dtype.name not in shapes:
-            init(self, handle, dtype)
+            tensor(self, handle, dtype)
             shapes[dtype.name] = self.shape, self.numel
         self.handle, self.type, self.dtype = handle, dtype, dtype.scalar
         self.shape, self.numel = shapes[dtype.name]
 
+    def known_block(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
+        if key not in blocks:
+            block(self, element_ty, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    def unwrap_at_once(x):
+        kind = type(x)
+        return x.value if kind is tl.constexpr else x if kind in plain else unwrap(x)
+
+    plain = {tl.tensor, tl.dtype, tl.block_type, int, bool, float, str, type(None)}
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
     interpreter._get_np_dtype = known_np_dtype
-    tl.tensor.__init__ = init_with_known_shape
-    interpreter._patch_lang = patch_what_is_new
-    interpreter.GridExecutor.__call__ = launch_anew
+    tl.tensor.__init__ = tensor_of_known_shape
+    tl.block_type.__init__ = known_block
+    tl.core._unwrap_if_constexpr = unwrap_at_once
 
 
 def round_to_nearest() -> None:
