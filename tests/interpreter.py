@@ -48,8 +48,9 @@ def make_fast() -> None:
 
 def know_types() -> None:
     """By name, which says all of a type."""
-    np_dtype, tensor, block, unwrap = interpreter._get_np_dtype, tl.tensor.__init__, tl.block_type.__init__, tl.core._unwrap_if_constexpr
-    equal, dtypes, shapes, blocks = tl.dtype.__eq__, {}, {}, {}
+    np_dtype, unwrap = interpreter._get_np_dtype, tl.core._unwrap_if_constexpr
+    tensor, block, equal = tl.tensor.__init__, tl.block_type.__init__, tl.dtype.__eq__
+    dtypes, shapes, blocks = {}, {}, {}
 
     def known_np_dtype(dtype):
         if dtype.name not in dtypes:
