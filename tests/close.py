@@ -14,8 +14,13 @@ from benchmarks import gate
 
 def assert_close(name: str, actual: torch.Tensor, others: list[torch.Tensor], exact: torch.Tensor) -> None:
     """actual against exact, by the rule above; the first of `others` has the dtype to expect."""
-    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-    assert actual.dtype == others[0].dtype, f"{name}: {actual.dtype}, expected {others[0].dtype}"
     unavoidable = max(gate.relative_error(other, exact) for other in others)
+    assert_within(name, actual, exact, unavoidable, others[0].dtype)
+
+
+def assert_within(name: str, actual: torch.Tensor, exact: torch.Tensor, unavoidable: float, dtype: torch.dtype) -> None:
+    """The same, where the largest relative error of the others is known."""
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert actual.dtype == dtype, f"{name}: {actual.dtype}, expected {dtype}"
     verdict = gate.judge([gate.relative_error(actual, exact)], [unavoidable], [actual.dtype])
     assert verdict.passed, f"{name}: {verdict}"

@@ -77,6 +77,11 @@ def loads(ptx: str) -> dict:
     return width
 
 
+def rounding(ptx: str) -> str:
+    """How float32 becomes 16 bits: the modes of all such conversions, as rn for the nearest, ties to even."""
+    return " ".join(sorted(set(re.findall(r"cvt\.(\w+)(?:\.\w+)*\.(?:bf16|f16)(?:x2)?\.f32", ptx))))
+
+
 def calls(dtype, few: bool):
     """Every op, forward and backward, at the sizes of the 7B model; on the CPU, since nothing is run.
 
@@ -132,7 +137,10 @@ def main(arch: str, dtype: str) -> None:
         if target.backend == "cuda":
             options |= dict(maxnreg=tile.registers)
         compiled = triton.compile(source, target=target, options=options)
-        usage = resources(compiled.asm["cubin"]) | loads(compiled.asm["ptx"]) if "cubin" in compiled.asm else {}
+        usage = {}
+        if "cubin" in compiled.asm:
+            ptx = compiled.asm["ptx"]
+            usage = resources(compiled.asm["cubin"]) | loads(ptx) | dict(rounding=rounding(ptx))
         row = dict(kernel=kernel.__name__, arch=arch, dtype=dtype, shared=compiled.metadata.shared, **usage)
         print(json.dumps(row | {k: v for k, v in constants.items() if k.isupper()}), flush=True)
 

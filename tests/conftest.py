@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 # Before torch starts its threads: several test processes share the cores, and idle threads must not spin on them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one for each core; processes that a test starts inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -27,9 +30,10 @@ if ON_HOST:
 
     install(Path(ON_HOST))
 elif not GPU and importlib.util.find_spec("triton"):
-    from interpreter import make_fast
+    from interpreter import make_fast, round_to_nearest
 
     make_fast()
+    round_to_nearest()
 
 # With warn_only every uninitialised tensor, at::empty in C++ included, is filled with NaN: a kernel that leaves an
 # element out cannot pass.
@@ -40,6 +44,15 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 def seed():
     """The same random tensors for a test wherever and in whatever order it runs."""
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    """The folder that all processes of this run share, for what truth.py computes once."""
+    if "PPLLAVA_TEST_TRUTHS" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="ppllava_truths_")
+        os.environ["PPLLAVA_TEST_TRUTHS"] = folder.name
+        config.add_cleanup(lambda: os.environ.pop("PPLLAVA_TEST_TRUTHS"))
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_report_header(config):

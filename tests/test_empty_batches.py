@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from cases import OPS, Case, make_inputs, make_projector_inputs, run
+from cases import OPS, Case, make_inputs, make_projector_inputs
+from truth import run
 
 import ppllava_kernels
 from ppllava_kernels import PromptGuidedPool3d, PromptGuidedProjector, WeightedPool3d, prompt_guided_pool3d

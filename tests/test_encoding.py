@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import clips
@@ -37,6 +38,14 @@ def tokens_of(model, inputs):
     return model.get_media_features(**media)["video"].pooler_output[0]
 
 
+@cache
+def in_float64(name):
+    """A preset that sees 4 frames at a time; no test changes it."""
+    model, processor = presets.build(name, dtype=torch.float64)
+    model.config.vision_chunk = 4
+    return model, processor
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-btadapter", "tiny-qwen2"])
 @pytest.mark.parametrize(
     "sampling",
@@ -45,8 +54,7 @@ def tokens_of(model, inputs):
 )
 @torch.no_grad()
 def test_the_features_are_those_of_pixels(name, sampling, path):
-    model, processor = presets.build(name, dtype=torch.float64)
-    model.config.vision_chunk = 4
+    model, processor = in_float64(name)
     encoded = ppllava.encode_video(model, processor, path, **sampling)
     clip = video.read_video(path, **(sampling or {"num_frames": processor.num_frames}))
     pixels = inputs_of(processor, clip)

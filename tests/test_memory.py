@@ -4,8 +4,9 @@ from itertools import accumulate
 
 import pytest
 import torch
-from cases import CASES, LAYOUTS, OPS, Case, cast, cu_frames_of, make_inputs, make_projector_inputs, run, sliced
+from cases import CASES, LAYOUTS, OPS, Case, cu_frames_of, make_inputs, make_projector_inputs, sliced
 from torch.profiler import ProfilerActivity, profile
+from truth import cast, run
 
 from ppllava_kernels import prompt_guided_pool3d, prompt_relevance
 from ppllava_kernels.backends import products

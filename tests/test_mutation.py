@@ -1,8 +1,12 @@
-"""The suite can fail: with a definition that is wrong in one element, every check of every op rejects every backend."""
+"""The suite can fail: every check of every op rejects a kernel that is wrong in one element."""
+
+import re
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, OPS, check, make_inputs, make_projector_inputs
+from cases import CASES, DTYPES, F64, OPS, make, matrix
+from truth import cast, compare, run, truth
 
 from ppllava_kernels.backends import reference
 
@@ -41,7 +45,7 @@ def leave_one_patch_out_of_the_softmax(monkeypatch):
 
 
 def label(x):
-    return x.__name__ if callable(x) else str(x)
+    return {True: "low", False: "fp32"}[x] if isinstance(x, bool) else x.__name__ if callable(x) else str(x)
 
 
 def lose_a_tenth_of_the_gradient(monkeypatch):
@@ -85,61 +89,81 @@ def forget_the_guides_part_of_the_gradient(monkeypatch):
     mutate_the_norm(monkeypatch, lambda x, *rest: (x.detach(), *rest))
 
 
-PROJECTED = ("leftover", "adaptive_overlap", "ragged")
-# What low precision is given of them; it cannot tell one gelu from the other.
-LOW = [
-    (mutation, "leftover")
-    for mutation in (
-        drop_one_element_of_each_window,
-        leave_the_first_bias_out,
-        leave_the_norms_bias_out,
-        forget_the_guides_part_of_the_gradient,
-    )
-]
-
-CHECKS = [
-    *(
-        ("prompt_guided_project", mutation, case)
-        for mutation in (
-            drop_one_element_of_each_window,
-            leave_one_patch_out_of_the_softmax,
-            leave_the_first_bias_out,
-            take_the_other_gelu,
-            leave_the_norms_bias_out,
-            forget_the_guides_part_of_the_gradient,
-        )
-        for case in PROJECTED
-    ),
-    *(
-        ("weighted_project", mutation, case)
-        for mutation in (drop_one_element_of_each_window, leave_the_first_bias_out, take_the_other_gelu)
-        for case in PROJECTED
-    ),
-    *(("weighted_pool3d", drop_one_element_of_each_window, case) for case in POOLED),
-    *(("prompt_relevance", leave_one_patch_out_of_the_softmax, case) for case in SCORED),
-    *(("prompt_guided_pool3d", drop_one_element_of_each_window, case) for case in POOLED),
-    *(("weighted_pool3d", lose_a_tenth_of_the_gradient, case) for case in GUIDED),
-    *(("prompt_relevance", lose_a_tenth_of_the_gradient, case) for case in GUIDED),
-    *(("prompt_guided_pool3d", leave_one_patch_out_of_the_softmax, case) for case in SCORED),
-]
+EVERY = matrix(CASES)
+PROJECTED = [*((case, "fp32") for case in ("leftover", "adaptive_overlap", "ragged"))]
+# Low precision cannot tell one gelu from the other, nor a softmax of one patch less.
+ROUNDED = [*PROJECTED, ("leftover", "fp16"), ("leftover", "bf16")]
 
 
-@pytest.mark.parametrize(
-    ("op", "mutation", "case", "dtype"),
-    [
-        (*check, dtype)
-        for check in CHECKS
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if dtype == torch.float32 or not check[0].endswith("project") or check[1:] in LOW
-    ],
-    ids=label,
-)
-def test_cpp_is_rejected(op, mutation, case, dtype, monkeypatch):
-    reject(op, mutation, case, dtype, ("cpp", "cpu"), monkeypatch)
+def of(cases):
+    return [pair for pair in EVERY if pair[0] in cases]
+
+
+# Of each op the wrong definitions, and the cases and dtypes in which they are wrong.
+MUTATIONS = {
+    "prompt_guided_project": {
+        drop_one_element_of_each_window: ROUNDED,
+        leave_one_patch_out_of_the_softmax: PROJECTED,
+        leave_the_first_bias_out: ROUNDED,
+        take_the_other_gelu: PROJECTED,
+        leave_the_norms_bias_out: ROUNDED,
+        forget_the_guides_part_of_the_gradient: ROUNDED,
+    },
+    "weighted_project": {
+        drop_one_element_of_each_window: ROUNDED,
+        leave_the_first_bias_out: ROUNDED,
+        take_the_other_gelu: PROJECTED,
+    },
+    "weighted_pool3d": {
+        drop_one_element_of_each_window: of(POOLED),
+        lose_a_tenth_of_the_gradient: of(GUIDED),
+    },
+    "prompt_relevance": {
+        leave_one_patch_out_of_the_softmax: of(SCORED),
+        lose_a_tenth_of_the_gradient: of(GUIDED),
+    },
+    "prompt_guided_pool3d": {
+        drop_one_element_of_each_window: of(POOLED),
+        leave_one_patch_out_of_the_softmax: of(SCORED),
+    },
+}
+
+
+def is_low(pair):
+    return pair[1] != "fp32"
+
+
+def precisions(op, mutation):
+    return {is_low(pair) for pair in MUTATIONS[op][mutation]}
+
+
+CHECKS = [(op, mutation) for op, mutations in MUTATIONS.items() for mutation in mutations]
+PRECISIONS = [(*check, low) for check in CHECKS for low in (False, True) if low in precisions(*check)]
+
+
+@pytest.mark.parametrize(("op", "mutation", "low"), PRECISIONS, ids=label)
+def test_a_wrong_kernel_is_rejected(op, mutation, low, monkeypatch):
+    """One that computes the wrong definition in the dtype of its inputs, in every case and dtype that sees it."""
+    pairs = [pair for pair in MUTATIONS[op][mutation] if is_low(pair) == low]
+    given = [(CASES[case], make(op, CASES[case], DTYPES[dtypes])) for case, dtypes in pairs]
+    truths = [truth(op, case, tensors) for case, tensors in given]
+    mutation(monkeypatch)
+    wrong = [run(op, case, tensors, "reference") for case, tensors in given]
+    assert [pair for pair, *each in zip(pairs, wrong, truths) if accepts(f"{op} {pair}", *each)] == []
+
+
+def accepts(name, actual, right):
+    try:
+        compare(name, actual, right)
+    except AssertionError as error:
+        if re.search(r": error .* is not <= ", str(error)):
+            return False
+        raise  # what was compared had another shape or dtype
+    return True
 
 
 # Of the projector one for each op, since Triton's interpreter takes seconds for each.
-EVERYWHERE = [c for c in CHECKS if c[2] == "leftover" and not c[0].endswith("project")]
+EVERYWHERE = [(*check, "leftover") for check in CHECKS if not check[0].endswith("project")]
 EVERYWHERE += [
     ("prompt_guided_project", forget_the_guides_part_of_the_gradient, "adaptive_overlap"),
     ("weighted_project", drop_one_element_of_each_window, "adaptive_overlap"),
@@ -148,17 +172,16 @@ EVERYWHERE += [
 
 @pytest.mark.parametrize(("op", "mutation", "case"), EVERYWHERE, ids=label)
 def test_every_backend_is_rejected(op, mutation, case, place, monkeypatch):
-    reject(op, mutation, case, torch.float32, place, monkeypatch)
-
-
-def reject(op, mutation, case, dtype, place, monkeypatch):
-    make = make_projector_inputs if op.endswith("project") else make_inputs
-    tensors = make(CASES[case], (dtype, dtype, dtype, torch.float32))
-    check(op, CASES[case], tensors, place)
+    """By a wrong definition: what it computes is what is compared."""
+    case, (backend, device) = CASES[case], place
+    tensors = make(op, case)
+    right = truth(op, case, tensors)
+    actual = run(op, case, {name: x.to(device) for name, x in tensors.items()}, backend)
+    assert accepts(f"{op} {backend}", actual, right)
     mutation(monkeypatch)
-    with pytest.raises(AssertionError, match=f"{op} {place[0]} .*: error .* is not <= "):
-        check(op, CASES[case], tensors, place)
+    wrong = replace(right, exact=run(op, case, cast(tensors, F64), "reference"))
+    assert not accepts(f"{op} {backend}", actual, wrong)
 
 
 def test_every_op_is_mutated():
-    assert {check[0] for check in CHECKS} == set(OPS)
+    assert MUTATIONS.keys() == OPS.keys()

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, Case, check, check_dtypes, cu_frames_of, make_inputs, with_layouts
+from cases import CASES, LAYOUTS, Case, cu_frames_of, make_inputs, matrix, with_layouts
+from truth import check, check_dtypes
 
 from ppllava_kernels import PromptGuidedPool3d, prompt_guided_pool3d, prompt_relevance, weighted_pool3d
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtypes"), matrix(CASES))
 def test_against_reference(case, dtypes, place):
     check_dtypes("prompt_guided_pool3d", CASES[case], dtypes, place)
 

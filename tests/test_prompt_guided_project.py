@@ -13,15 +13,14 @@ from cases import (
     LAYERS,
     LAYOUTS,
     Case,
-    check,
-    check_dtypes,
     cu_frames_of,
     make_projector_inputs,
-    run,
+    matrix,
     with_layouts,
 )
 from close import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from truth import check, check_dtypes, run
 
 from ppllava_kernels import prompt_guided_project, weighted_pool3d, weighted_project
 from ppllava_kernels.backends import products
@@ -37,12 +36,9 @@ def small_tiles(monkeypatch):
 
 # With few windows the second layer's backward is a product of few rows, which libraries sum in another way.
 PROJECTED = CASES | {"many_channels": Case((1, 2, 6, 6), (130, 300))}
-LOW = ("divisible", "overlap", "adaptive_overlap", "ragged_adaptive", "odd_channels", "many_channels")
-MATRIX = [*((case, "fp32") for case in PROJECTED), *((case, "bf16") for case in LOW)]
-MATRIX += [(case, dtypes) for case in ("leftover", "adaptive_up", "ragged") for dtypes in ("fp16", "mixed", "fp64")]
 
 
-@pytest.mark.parametrize(("case", "dtypes"), MATRIX)
+@pytest.mark.parametrize(("case", "dtypes"), matrix(PROJECTED))
 def test_against_reference(case, dtypes, place):
     check_dtypes(OP, PROJECTED[case], dtypes, place)
 

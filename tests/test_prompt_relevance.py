@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, check, check_dtypes, cu_frames_of, make_inputs, with_layouts
+from cases import CASES, LAYOUTS, Case, cu_frames_of, make_inputs, matrix, with_layouts
+from truth import check, check_dtypes
 
 from ppllava_kernels import prompt_relevance
 
 SIZES = ["divisible", "single", "ragged", "ragged_one_frame", "odd_channels", "many_channels", "gaps"]
+LOW = ("divisible", "ragged_one_frame", "odd_channels", "many_channels")
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize(("case", "dtypes"), matrix(SIZES, LOW, rest=("gaps", "ragged")))
 def test_against_reference(case, dtypes, place):
     check_dtypes("prompt_relevance", CASES[case], dtypes, place)
 
@@ -22,7 +23,8 @@ def test_strides(case, layout, place):
 
 def test_many_patches_take_several_programs(place):
     """More patches than one block or program of any backend handles."""
-    case = CASES["divisible"].__class__((2, 5, 12, 11), (256, 1))
+    # In the interpreter one frame, of more than the 512 patches that a sum takes at a time: programs take seconds.
+    case = Case((1, 1, 23, 23), (8, 1)) if place == ("triton", "cpu") else Case((2, 5, 12, 11), (256, 1))
     check("prompt_relevance", case, make_inputs(case), place)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, check, cu_frames_of, make_inputs
+from cases import CASES, cu_frames_of, make_inputs
+from truth import check
 
 from ppllava_kernels import prompt_guided_pool3d, prompt_relevance
 from ppllava_kernels.backends.triton import backend
@@ -48,6 +49,9 @@ def test_no_spills(arch, dtype):
             assert row["load"] == 16, row
             if row["kernel"] in ROWS:
                 assert row["store"] == 16, row
+                # As interpreter.py rounds.
+                assert row["rounding"] == ("" if dtype == "float32" else "rn"), row
+        assert row["rounding"] in ("", "rn"), row
 
 
 @pytest.mark.stamped("ppllava_kernels")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, check, check_dtypes, make_inputs, with_layouts
+from cases import CASES, LAYOUTS, make_inputs, matrix, with_layouts
 from safetensors.torch import load_file
+from truth import check, check_dtypes
 
 from ppllava_kernels import WeightedPool3d, pooled_size, weighted_pool3d
 
@@ -14,8 +15,7 @@ GOLDEN = Path(__file__).parent / "golden" / "pool3d"
 META = json.loads((GOLDEN / "meta.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtypes"), matrix(CASES))
 def test_against_reference(case, dtypes, place):
     check_dtypes("weighted_pool3d", CASES[case], dtypes, place)
 
