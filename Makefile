@@ -10,6 +10,8 @@ BASE ?= HEAD
 RESUME ?=
 # What test, test-newest and test-oldest run: files, folders, or tests as pytest names them.
 TESTS ?= tests tests/swap
+# Options of both fuzzers, as FUZZ="--time-limit 60".
+FUZZ ?=
 BIN := $(VENV)/bin
 LOCKED := python -m pip install --quiet --constraint requirements.lock
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -61,8 +63,8 @@ test-video:  ## reading video without torch, on each Python from 3.11 on that is
 	$(PYTHON) tests/torch_free.py $(VENV)/video
 
 fuzz: $(VENV)/ready  ## random calls: of torch.ops under AddressSanitizer, of the functions against the reference
-	PYTHONPATH=tests $(BIN)/python -m fuzz direct
-	PYTHONPATH=tests $(BIN)/python -m fuzz public
+	PYTHONPATH=tests $(BIN)/python -m fuzz direct $(FUZZ)
+	PYTHONPATH=tests $(BIN)/python -m fuzz public $(FUZZ)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
