@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import report
 from .drawing import beside, number
+from .fp8_report import AGAINST, PARTS
 
 COLOURS = {
     "fp8 against bf16": "#1b7837",
@@ -60,8 +61,6 @@ def figure(pyplot, results: dict):
 
 
 def _panels(rows: list[dict]) -> tuple[list[Panel], list[int]]:
-    from .fp8 import AGAINST, PARTS  # which imports the charts
-
     panels = []
     for key, (title, unit, factor) in TITLES.items():
         series = {

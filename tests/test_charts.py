@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
-from benchmarks import chart, drawing, fp8_chart, report, steps_chart, swap_chart, video_chart
+from benchmarks import chart, drawing, fp8_chart, fp8_report, report, steps_chart, swap_chart, video_chart
 from benchmarks.report import PEERS, PROJECTOR_PEERS
 from benchmarks.video_report import OPS_OFF, PARTS, PEER, PEER_TUNED, PPLLAVA
 
@@ -245,7 +245,6 @@ def test_words_of_the_projector_chart_are_explained():
 
 
 def test_the_fp8_chart_stands_in_its_docs(tmp_path):
-    from benchmarks import fp8 as benchmark
 
     folder = tmp_path / "results" / "cpu-test"
     folder.mkdir(parents=True)
@@ -260,6 +259,6 @@ def test_the_fp8_chart_stands_in_its_docs(tmp_path):
     path = folder / "fp8.json"
     path.write_text(json.dumps(results))
     assert chart.draw_fp8(path) == f"wrote {folder / 'fp8.png'}"
-    block = benchmark.fp8_block(tmp_path / "results", tmp_path)
+    block = fp8_report.fp8_block(tmp_path / "results", tmp_path)
     assert "](results/cpu-test/fp8.png)" in block
     assert report.read(path, "fp8")["rows"]

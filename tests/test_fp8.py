@@ -121,15 +121,18 @@ def test_settings_of_the_process_stay(monkeypatch):
 
 
 def test_torchao_is_imported_in_silence(monkeypatch, tmp_path, caplog):
+    level = logging.getLogger("torchao").level  # benchmarks set it for good
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").write_text("import logging\nlogging.getLogger(__name__).warning('no GPU')\n")
     (tmp_path / "torchao" / "quantization.py").write_text("")
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
+    logging.getLogger("torchao").setLevel(logging.NOTSET)
     assert Path(quantization._torchao().__file__).is_relative_to(tmp_path)
     assert caplog.text == ""
     assert logging.getLogger("torchao").level == logging.NOTSET
+    logging.getLogger("torchao").setLevel(level)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
 
