@@ -245,7 +245,6 @@ def test_words_of_the_projector_chart_are_explained():
 
 
 def test_the_fp8_chart_stands_in_its_docs(tmp_path):
-
     folder = tmp_path / "results" / "cpu-test"
     folder.mkdir(parents=True)
     results = fp8(times=False)
