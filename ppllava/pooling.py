@@ -195,7 +195,7 @@ class VisualPooling:
                     f"image_grid_pinpoints must be [height, width] in multiples of the {self.view_size} pixels of a "
                     f"view, got {list(pinpoint)}; round it"
                 )
-            if math.prod(n // self.view_size for n in pinpoint) > MOST_VIEWS:
+            if math.prod([n // self.view_size for n in pinpoint]) > MOST_VIEWS:  # a list: Dynamo traces it
                 raise ValueError(
                     f"image_grid_pinpoints must be grids of at most {MOST_VIEWS:,} views, got {list(pinpoint)} pixels; "
                     "pass a smaller one"

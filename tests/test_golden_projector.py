@@ -43,12 +43,18 @@ def run(case, name, dtype=torch.float32, **changes):
     model.encode_frames = lambda *_: features
     model.config.vision_config.image_size = [n * model.config.vision_config.patch_size for n in config["frame_shape"]]
     frames = given["cases"][source]["num_frames"]
-    pixels = torch.zeros(len(features), 3, 1, 1, dtype=dtype)
+    pixels = blank(model, len(features)).to(dtype)
     with torch.no_grad():
         video = model.get_video_features(
             pixels, torch.full((len(features) // frames,), frames), **question(inputs, source, model.device)
         )
     return model, features, video
+
+
+def blank(model, frames):
+    """Pixels [frames, 3, S, S] that nobody looks at: the features come from the original."""
+    size = model.config.visual_pooling.view_size
+    return torch.zeros(frames, 3, size, size)
 
 
 def question(inputs, source, device):
@@ -106,7 +112,7 @@ def test_valuew_plus_in_batches():
         model.encode_frames = lambda *_: rows
         with torch.no_grad():
             return model.get_video_features(
-                torch.zeros(len(rows), 3, 1, 1).double(), torch.full((len(questions),), 2), questions
+                blank(model, len(rows)).double(), torch.full((len(questions),), 2), questions
             ).pooler_output
 
     both = encode(features, ids)
@@ -124,7 +130,7 @@ def test_a_question_for_each_video():
         "of them, and leave out prompts without one"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        model.get_video_features(torch.zeros(4, 3, 1, 1), torch.tensor([4]), inputs["video_b2/clip_ids"])
+        model.get_video_features(blank(model, 4), torch.tensor([4]), inputs["video_b2/clip_ids"])
 
 
 def test_a_clip_of_one_frame():
@@ -138,7 +144,7 @@ def test_a_clip_of_one_frame():
         model.encode_frames = lambda *_: features[:1]
         with torch.no_grad():
             outs += model.get_video_features(
-                torch.zeros(1, 3, 1, 1), torch.tensor([1]), inputs["video_b1/clip_ids"]
+                blank(model, 1), torch.tensor([1]), inputs["video_b1/clip_ids"]
             ).pooler_output
     assert torch.equal(*outs)
 

@@ -190,7 +190,10 @@ def test_every_instruction_set_gives_the_same_answers():
         "(y, z, *(t.grad for t in inputs))))"
     )
     runs = {}
-    for capability in ("default", "avx2", "avx512"):
+    # PyTorch takes the name at its word: an instruction set that this CPU lacks would end the process.
+    names = ["default", "avx2", "avx512"]
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    for capability in names[: names.index(best) + 1] if best in names else names[:1]:
         found, *norms = python("-c", script, env=os.environ | dict(ATEN_CPU_CAPABILITY=capability)).split()
         runs[found] = [float(n) for n in norms]
     assert "DEFAULT" in runs

@@ -122,10 +122,10 @@ def test_options_that_were_given():
     assert chosen(args, ("preset", "new_tokens", "quick", "frames")) == ["--new-tokens", "--frames"]
 
 
-@pytest.mark.parametrize("benchmark", ["throughput", "kernels", "projector", "steps", "swap", "fp8"])
-def test_make_benchmark_and_make_gpu_choose_nothing(benchmark):
+@pytest.mark.parametrize("name", ["throughput", "kernels", "projector", "steps", "swap", "fp8"])
+def test_make_benchmark_and_make_gpu_choose_nothing(name):
     """Or their results would not be those that README shows."""
-    parse = __import__(f"benchmarks.{benchmark}", fromlist=["parse"]).parse
+    parse = __import__(f"benchmarks.{name}", fromlist=["parse"]).parse
     assert parse(["--device", "cpu", "--time-limit", "9"]).chosen == []
     assert parse(["--device", "cpu", "--quick"]).chosen == ["--quick"]
 
