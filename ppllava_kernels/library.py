@@ -43,8 +43,10 @@ def _fake(function):
     name = function.__name__.removesuffix("_fake")
 
     def run(*arguments):
-        # cu_frames may stay on the CPU. Where one tensor of several is on meta PyTorch asks for the fake, too.
-        devices = {x.device for x in arguments if isinstance(x, Tensor) and x.is_floating_point()}
+        # cu_frames, which stands before the backend, may stay on the CPU. Where one tensor of several is on meta,
+        # PyTorch asks for the fake, too.
+        cu_frames = next(n for n, x in enumerate(arguments) if isinstance(x, str)) - 1
+        devices = {x.device for n, x in enumerate(arguments) if isinstance(x, Tensor) and n != cu_frames}
         if len(devices) > 1:
             raise ValueError(
                 f"the tensors of a call must be on one device, got {' and '.join(sorted(map(str, devices)))}; move them"

@@ -319,5 +319,17 @@ def test_an_exported_program_is_called_with_other_strides(model, layout):
 def test_some_tensors_on_meta():
     """PyTorch takes such a call for one of meta tensors, and a fake gives memory without numbers."""
     name, arguments = relevance(text_embeds=r(B, C).to("meta"))
-    with pytest.raises(ValueError, match=r"^the tensors of a call must be on one device, got cpu and meta; move them$"):
+    message = r"^the tensors of a call must be on one device, got cpu and meta; move them$"
+    with pytest.raises(ValueError, match=message):
         call(name, arguments, "cpp")
+    name, arguments = relevance_backward(grad=torch.zeros(B, T, H, W, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=message):
+        call(name, arguments, "cpp")
+
+
+@pytest.mark.parametrize("make", [relevance, relevance_backward])
+def test_text_that_is_no_embedding(make, place):
+    name, arguments = make(text_embeds=torch.ones(B, C, dtype=torch.bool, device=place[1]))
+    arguments = {k: x.to(place[1]) if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+    with pytest.raises(ValueError, match=r"^text_embeds must be "):
+        call(name, arguments, place[0])

@@ -125,5 +125,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _text(text_embeds: Tensor, dtype: torch.dtype, scale_tensor: Tensor | None, scale: float) -> tuple[Tensor, float]:
+    if not text_embeds.is_floating_point():
+        raise ValueError(
+            f"text_embeds must be floating point, got {text_embeds.dtype}; pass the embedding of the prompt"
+        )
     text = _cast(text_embeds, dtype).contiguous()
     return text, scale if scale_tensor is None else scale * scale_tensor.item()

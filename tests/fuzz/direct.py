@@ -6,6 +6,9 @@ out, because no number is expected of them:
 - scales beyond 100, where float32 cannot tell which of two patches is more relevant;
 - fewer than 4 channels, whose cosines are 1 or -1 in the reference and within an eps of it in a kernel, so that their
   gradients are roundings alone;
+- numbers of guide_relevance in 16 bits at a scale of 100, where the rounding of one embedding moves a relevance by some
+  percent, which the rule of close.py judges for the public functions;
+- numbers of a call whose tensors are all on meta, where there are none;
 - numbers of guide_relevance_backward for arguments that were changed, since it trusts the cosines that it is given, and
   in 16 bits, which the rule of close.py judges for the public functions;
 - a guide_weight of equal columns, which makes zero but for rounding of any normed row, and a cosine of that;
@@ -67,6 +70,8 @@ def check(seed: int) -> str:
             return "refused"
         raise Fault(f"{describe(name, arguments)}: {type(error).__name__}: {error}") from error
     actual = (actual,) if isinstance(actual, torch.Tensor) else actual
+    if all(a.is_meta for a in actual):
+        return "computed"
     try:
         exact = expected(name, arguments)
     except Exception as error:
@@ -76,7 +81,10 @@ def check(seed: int) -> str:
         numbers = numbers and arguments["guide_weight"].stride(-1) != 0
     low = any(isinstance(x, torch.Tensor) and x.dtype in DTYPES[1:3] for x in arguments.values())
     for n, (a, e) in enumerate(zip(actual, exact, strict=True)):
-        if e is not None and numbers and not (low and name == "guide_relevance_backward"):
+        rounded = low and (
+            name == "guide_relevance_backward" or (name, arguments.get("scale")) == ("guide_relevance", 100)
+        )
+        if e is not None and numbers and not rounded:
             compare(f"{describe(name, arguments)}: output {n}", a, e, 3e-2 if low else 3e-4)
     return "computed"
 
