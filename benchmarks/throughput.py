@@ -140,7 +140,7 @@ def check_model(folder: str | None) -> None:
         return
     if not os.path.isdir(folder):
         raise ValueError(f"must be the folder of a model, got {folder!r}, which is none")
-    peer_of(PPLlavaConfig.from_pretrained(folder))
+    peer_of(PPLlavaConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def check_video(path: Path | None) -> None:

@@ -114,7 +114,7 @@ def test_cuda_graphs_keep_the_clip_table(modules, monkeypatch):
     """What was uploaded before the capture is used, from any stream, and never freed; nothing is uploaded during it."""
     common, device = modules[0], torch.device("cuda", 0)
     monkeypatch.setattr(common, "_captured", [])
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(common, "current_raw_stream", lambda index: 7)
     values = torch.zeros(6, 2, 2, 1)
     plan = common.make_plan(values, torch.tensor([0, 1, 6], dtype=torch.int32))
     assert common.make_plan(values, torch.tensor([0, 1, 6], dtype=torch.int32)) is plan

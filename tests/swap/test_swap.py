@@ -138,7 +138,7 @@ def test_auto_knows_the_towers_that_video_llms_are_built_on(monkeypatch):
     model, processor = families.built("llava_next_video")
     asked = []
     monkeypatch.setitem(KNOWN, ("clip_vision_model", 32, 56, 7), "a/clip")
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: asked.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ppllava.compress(model, processor, **BLOCKS)
     assert asked == ["a/clip"]
