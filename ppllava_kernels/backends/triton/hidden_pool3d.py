@@ -106,8 +106,8 @@ def pool_products(
         all += tl.sum(share.to(tl.float32), 1)
         # A patch that is not finite is none of its neighbours' business: in the product zero times it would be NaN.
         strange = (hidden - hidden).to(tl.float32) != 0
-        # Seldom: a loop, for `if` costs registers. Over both axes at once: Triton 3.7.1 compiles no maximum of maxima of
-        # a product for sm_100.
+        # Seldom: a loop, for `if` costs registers. Over both axes at once: for sm_100 Triton 3.7.1 compiles no maximum
+        # of maxima of a product.
         for _ in range(0, tl.max(strange.to(tl.int32))):
             spoilt = tl.dot(own.to(share.dtype), strange.to(share.dtype), input_precision="tf32")  # of ones: exact
             sum = tl.where(spoilt > 0, float("nan"), sum)
