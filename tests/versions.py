@@ -83,9 +83,14 @@ def holds(requirement: Requirement, environment: dict[str, str] | None) -> bool:
 
 
 def installed() -> dict[str, str]:
-    """Without a local label such as +cpu. The first of two that have one name is the one that is imported."""
+    """Without a local label such as +cpu. The first of two that have one name is the one that is imported.
+
+    setuptools and Ray put copies of other packages from their own folders on the path, once they are imported.
+    """
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
+        if Path(distribution.locate_file("")).name not in ("site-packages", "dist-packages"):
+            continue
         name, version = canonicalize_name(distribution.metadata["Name"]), distribution.version
         found.setdefault(name, version.partition("+")[0])
     return found
