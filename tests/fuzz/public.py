@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import random
 
-import cases
 import torch
+import truth
 from cases import DTYPES, LAYOUTS, OPS, Case, make_inputs, make_projector_inputs
 
 from benchmarks import gate
@@ -37,27 +37,27 @@ def check(seed: int) -> str:
     try:
         if is_close(op, case, tensors, LAYOUTS[layout], options):
             return "within a rounding"
-        cases.check(op, case, tensors, place, LAYOUTS[layout], **options)
+        truth.check(op, case, tensors, place, LAYOUTS[layout], **options)
     except AssertionError:
-        usual, cases.RUNS = cases.RUNS, MORE_RUNS
+        usual, truth.RUNS = truth.RUNS, MORE_RUNS
         try:
-            cases.check(op, case, tensors, place, LAYOUTS[layout], **options)
+            truth.check(op, case, tensors, place, LAYOUTS[layout], **options)
         except AssertionError as error:
             raise AssertionError(f"{what}: {error}") from error
         finally:
-            cases.RUNS = usual
+            truth.RUNS = usual
         return f"by {MORE_RUNS} others"
     except Exception as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    return f"by {cases.RUNS} others"
+    return f"by {truth.RUNS} others"
 
 
 def is_close(op: str, case: Case, tensors: dict, layout, options: dict) -> bool:
     """Within eps(dtype) of the largest element: so whatever the others are."""
     tensors = {k: x if x is None or x.dim() < 2 else layout(x) for k, x in tensors.items()}
-    actual = cases.run(op, case, tensors, "cpp", **options)
-    exact = cases.run(op, case, cases.cast(tensors, torch.float64), "reference", **options)
-    dtypes = cases.run(op, case, tensors, "reference", **options)
+    actual = truth.run(op, case, tensors, "cpp", **options)
+    exact = truth.run(op, case, truth.cast(tensors, torch.float64), "reference", **options)
+    dtypes = truth.run(op, case, tensors, "reference", **options)
     for name, x in exact.items():
         if actual[name].dtype != dtypes[name].dtype:
             raise AssertionError(f"{name} is {actual[name].dtype} and not {dtypes[name].dtype}")
