@@ -13,7 +13,8 @@ TESTS ?= tests tests/swap
 # Options of both fuzzers, as FUZZ="--time-limit 60".
 FUZZ ?=
 BIN := $(VENV)/bin
-LOCKED := python -m pip install --quiet --constraint requirements.lock
+# What is imported is compiled then, which is a part of it.
+LOCKED := python -m pip install --quiet --no-compile --constraint requirements.lock
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: benchmark regress test test-newest test-oldest test-video fuzz lint format table lock dist hub smoke gpu clean
@@ -77,9 +78,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(SOURCES)
 
-dist: $(VENV)/ready  ## sdist and wheel in dist/
+dist: $(VENV)/ready  ## sdist and wheel in dist/, both of the checkout, whose objects in build/ are used
 	rm -rf dist build/lib* build/bdist*
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --sdist --wheel
 
 hub: $(VENV)/ready  ## the folder that get_local_kernel of the package kernels loads, in hub/ppllava-kernels/
 	$(BIN)/python hub/build.py

@@ -135,3 +135,9 @@ def saved(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def failure(result):
+    """(exit code, the last sentence)."""
+    assert result.stdout == ""
+    return result.exit_code, result.stderr.splitlines()[-1].removeprefix("ppllava: ")

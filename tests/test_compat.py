@@ -48,7 +48,7 @@ def find(name):
 def test_every_name_is_there(versions):
     library = versions.split()[0]
     if library in ("ray", "accelerate"):
-        pytest.importorskip(library)
+        pytest.importorskip(library, reason=f"needs {library}; make test installs it")
     if library == "ray":  # an attribute that only a dataset has
         assert compat.EXECUTOR in Path(find("ray.data.dataset").__file__).read_text()
         return

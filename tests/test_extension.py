@@ -30,7 +30,7 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="an extension is compiled with g++")
+@pytest.mark.skipif(not shutil.which("g++"), reason="an extension is compiled with g++; install it")
 def test_b22_an_extension_for_another_pytorch(package):
     """As after pip install -U torch: a symbol that it wants is gone."""
     source = package / "_C.cpp"

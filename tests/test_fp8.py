@@ -139,7 +139,10 @@ def test_torchao_is_imported_in_silence(monkeypatch, tmp_path, caplog):
 
 @pytest.mark.gpu
 @needs_torchao
-@pytest.mark.skipif(not torch.cuda.is_available() or why_not_fp8("cuda") is not None, reason="a GPU without fp8")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or why_not_fp8("cuda") is not None,
+    reason="needs a GPU with fp8; run on sm_89 or newer",
+)
 def test_on_a_gpu():
     """The product of the GPU is the one that a CPU emulates; and the model answers."""
     model, processor = build()

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +14,7 @@ import setuptools
 import torch
 
 ROOT = Path(__file__).parent.parent
-PACKAGED = (
-    "csrc",
-    "ppllava",
-    "ppllava_command.py",
-    "ppllava_kernels",
-    "pyproject.toml",
-    "setup.py",
-    "README.md",
-    "LICENSE",
-)
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 
 def python(*arguments, **options):
@@ -30,19 +22,35 @@ def python(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def without_compiler(tmp_path_factory):
-    """The folder of an installation made where there is no C++ compiler."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    for name in PACKAGED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        extra = dict(ignore=shutil.ignore_patterns("*.so", "__pycache__")) if (ROOT / name).is_dir() else {}
-        copy(ROOT / name, source / name, **extra)
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.mark.xdist_group("sdist")
+def test_the_sdist_has_every_source(sdist):
+    """A wheel of `make dist` is made of the checkout, whose objects are there, so that this is what tries the sdist."""
+    with tarfile.open(sdist) as archive:
+        there = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "ppllava", "ppllava_kernels", "tests", "benchmarks"):
+        sources = [path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+        assert sources
+        assert {str(path.relative_to(ROOT)) for path in sources} <= there
+    assert {"setup.py", "pyproject.toml", "requirements.lock", "Makefile"} <= there
+
+
+@pytest.fixture(scope="module")
+def without_compiler(sdist, tmp_path_factory):
+    """The folder of an installation from the sdist, made where there is no C++ compiler."""
+    target = tmp_path_factory.mktemp("target")
     environment = os.environ | dict(CC="/no/such/cc", CXX="/no/such/c++")
     install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", str(target))
-    python(*install, str(source), env=environment)
+    python(*install, str(sdist), env=environment)
     return target
 
 
+@pytest.mark.xdist_group("sdist")
 def test_install_without_a_compiler(without_compiler):
     script = (
         # The editable install of this checkout would lend its extension.

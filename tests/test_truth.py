@@ -49,6 +49,6 @@ def test_layouts_share_one(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="not in a worker of pytest-xdist")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="needs a worker of pytest-xdist; run pytest -n 1")
 def test_a_worker_has_one_thread():
     assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("1", 1)
