@@ -38,7 +38,7 @@ IN_SWAP = $(filter tests/swap%,$(TESTS))
 OTHERS = $(filter-out tests/swap%,$(TESTS))
 FAILED = { $(1)/bin/python tests/versions.py differences; exit 1; }
 define pytest
-	$(if $(OTHERS),$(1)/bin/python -m pytest -n auto --dist loadgroup $(OTHERS) || $(FAILED))
+	$(if $(OTHERS),$(1)/bin/python -m pytest -n auto $(OTHERS) || $(FAILED))
 	$(if $(IN_SWAP),PYTHONPATH=$(VENV)/torchvision $(1)/bin/python -m pytest -n auto $(IN_SWAP) || $(FAILED))
 endef
 

@@ -55,6 +55,13 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from scheduling import OneWorkerForAFile
+
+    return OneWorkerForAFile(config, log)
+
+
 def pytest_report_header(config):
     if not GPU:
         return "no CUDA GPU: Triton runs in its interpreter, tests marked gpu are left out; `make gpu` runs them"

@@ -28,7 +28,6 @@ def sdist(tmp_path_factory):
     return next(folder.glob("*.tar.gz"))
 
 
-@pytest.mark.xdist_group("sdist")
 def test_the_sdist_has_every_source(sdist):
     """A wheel of `make dist` is made of the checkout, whose objects are there, so that this is what tries the sdist."""
     with tarfile.open(sdist) as archive:
@@ -50,7 +49,6 @@ def without_compiler(sdist, tmp_path_factory):
     return target
 
 
-@pytest.mark.xdist_group("sdist")
 def test_install_without_a_compiler(without_compiler):
     script = (
         # The editable install of this checkout would lend its extension.

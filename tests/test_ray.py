@@ -23,7 +23,6 @@ from ppllava.request import Request
 ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ray[data]' runs these tests")
 pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ray[data]' runs these tests")
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster
 RAY = ("--engine", "ray", "--workers", "2")
 ONE = ("--engine", "ray", "--workers", "1")  # each worker is a process that imports torch and transformers
 OPTIONS = ("--preset", "tiny", "--max-new-tokens", "8")

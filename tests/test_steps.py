@@ -14,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ i
 from benchmarks import report, steps, table
 from benchmarks.steps import STEPS, Job, Way, ways
 
-pytestmark = pytest.mark.xdist_group("steps")  # one run of what all look at
-
 
 def command(folder, *arguments):
     fixed = ["--preset", "tiny", "--dtype", "float32", "--device", "cpu", "--quick", "--out", str(folder)]

@@ -17,8 +17,6 @@ from benchmarks.swap_models import KERNEL, SUBJECTS, LlavaNextVideo, QwenVL
 from benchmarks.swap_report import COLUMNS, GUIDED, MEAN, STOCK, VARIANTS
 from ppllava.swap import windows
 
-pytestmark = pytest.mark.xdist_group("swap_benchmark")  # one run of what all look at
-
 CASES = [(family.name, variant) for family in SUBJECTS for variant in VARIANTS]
 
 

@@ -25,8 +25,6 @@ from benchmarks import report, throughput, video_models, video_runs, video_sweep
 from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS
 from benchmarks.video_time import Pace
 
-pytestmark = pytest.mark.xdist_group("throughput")  # one run of what all look at
-
 FRAMES, BATCH, REPEATS = (2, 7), 2, 2
 
 

@@ -9,8 +9,6 @@ from benchmarks.load import Load
 from benchmarks.video_report import OPS_OFF, PEER, PEER_TUNED, PPLLAVA, VARIANTS
 from benchmarks.video_time import Pace, Pacing, in_order
 
-pytestmark = pytest.mark.xdist_group("throughput")
-
 
 def test_32_and_64_frames_come_first():
     assert in_order([8, 128, 64, 8, 16, 32]) == [32, 64, 8, 16, 128]

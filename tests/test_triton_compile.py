@@ -157,19 +157,24 @@ def test_parts_of_a_clip_are_its_own(modules, monkeypatch):
 
 @pytest.mark.interpreter
 def test_precision_is_that_of_pytorch(modules):
-    """Either of PyTorch's ways to say it; each refuses to be read after the other was used, so in a process each."""
+    """Each of PyTorch's ways to say it; each refuses to be read after another was used, so in a process each."""
     program = """
+import os
 import torch
 from ppllava_kernels.backends.triton.common import product_of
 x = torch.ones(1)
 assert product_of(x).arguments(x)["PRECISION"] == "ieee"
-{}
-assert product_of(x).arguments(x)["PRECISION"] == "tf32"
+ways = (
+    lambda: torch.set_float32_matmul_precision("high"),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+)
+for n, way in enumerate(ways):
+    child = os.fork()
+    if child == 0:
+        way()
+        os._exit(product_of(x).arguments(x)["PRECISION"] != "tf32")
+    assert os.waitpid(child, 0)[1] == 0, f"way {n}"
 """
-    for statement in (
-        'torch.set_float32_matmul_precision("high")',
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-        'torch.backends.cuda.matmul.fp32_precision = "tf32"',
-        'torch.backends.fp32_precision = "tf32"',
-    ):
-        subprocess.run([sys.executable, "-W", "ignore", "-c", program.format(statement)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=100)
