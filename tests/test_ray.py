@@ -130,12 +130,15 @@ def wait_for(pids):
 @pytest.mark.timeout(200)
 def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
     out = tmp_path / "answers.jsonl"
-    for count, number, code in ((3, signal.SIGKILL, -signal.SIGKILL), (4, signal.SIGINT, 130)):
+    for count, number, code, workers in (
+        (3, signal.SIGKILL, -signal.SIGKILL, ("--workers", "1")),
+        (4, signal.SIGINT, 130, ()),
+    ):
         mark = f"PPLLAVA_TEST={uuid.uuid4()}"
         env = {**os.environ, **dict([mark.split("=")])}
         command = [sys.executable, "-c", KILLED, str(count), str(int(number)), "run", str(job), "-o", str(out)]
         result = subprocess.run(
-            [*command, *OPTIONS, "--engine", "ray"],
+            [*command, *OPTIONS, "--engine", "ray", *workers],
             capture_output=True,
             text=True,
             timeout=150,
@@ -153,7 +156,7 @@ def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
         assert processes(mark) == []
     text = rf"interrupted; \d+ of 21 requests are done, their answers in {re.escape(str(out))}; the same command goes"
     assert re.search(text, result.stderr.splitlines()[-1])
-    _, result = run(job, *RAY, out=out, options=OPTIONS)
+    _, result = run(job, *ONE, out=out, options=OPTIONS)
     assert "answers are in" in result.stderr
     assert out.read_bytes() == whole
 
