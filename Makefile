@@ -13,8 +13,9 @@ TESTS ?= tests tests/swap
 # Options of both fuzzers, as FUZZ="--time-limit 60".
 FUZZ ?=
 BIN := $(VENV)/bin
-# What is imported is compiled then, which is a part of it.
-LOCKED := python -m pip install --quiet --no-compile --constraint requirements.lock
+# Byte code is made of what is imported, which is a part of it.
+PIP := python -m pip install --quiet --no-compile
+LOCKED := $(PIP) --constraint requirements.lock
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: benchmark regress test test-newest test-oldest test-video fuzz lint format table lock dist hub smoke gpu clean
@@ -50,14 +51,14 @@ test-newest: $(VENV)/ready $(VENV)/torchvision/ready  ## with the newest package
 	$(BIN)/python -m venv --clear --without-pip $(VENV)/newest
 	$(BIN)/python tests/versions.py overlay $(VENV)/newest
 	$(BIN)/python tests/versions.py newest > $(VENV)/newest/requirements.txt
-	$(VENV)/newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" -r $(VENV)/newest/requirements.txt
+	$(VENV)/newest/bin/$(PIP) --upgrade --upgrade-strategy eager "$(TORCH)" -r $(VENV)/newest/requirements.txt
 	$(call pytest,$(VENV)/newest)
 
 test-oldest: $(VENV)/ready $(VENV)/torchvision/ready  ## with the oldest packages that pyproject.toml allows, but for PyTorch
 	$(BIN)/python -m venv --clear --without-pip $(VENV)/oldest
 	$(BIN)/python tests/versions.py overlay $(VENV)/oldest
 	$(BIN)/python tests/versions.py oldest > $(VENV)/oldest/requirements.txt
-	$(VENV)/oldest/bin/python -m pip install --quiet -r $(VENV)/oldest/requirements.txt
+	$(VENV)/oldest/bin/$(PIP) -r $(VENV)/oldest/requirements.txt
 	$(call pytest,$(VENV)/oldest)
 
 test-video:  ## reading video without torch, on each Python from 3.11 on that is here, with the PyAV that it gets
