@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,7 +19,7 @@ class ImportFailure(Exception):
 
 def main() -> None:
     try:
-        with importing():
+        with importing(), warning():
             from ppllava.cli import main as command
     except ImportFailure as error:
         if os.environ.get("PPLLAVA_DEBUG") == "1":
@@ -40,15 +42,30 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, _leave)
     try:
         yield
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what half an installation raises
+    # What half an installation raises, and what PyTorch asserts after an import of it that failed before.
+    except (ImportError, OSError, RuntimeError, AttributeError, AssertionError) as error:
         raise ImportFailure(why_not(error)) from error
     finally:
         if watched:
             signal.signal(signal.SIGINT, handler)
 
 
+@contextmanager
+def warning() -> Iterator[None]:
+    """What the package warns of while it is imported, as a library that nobody has tried, is one line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(
+            f"ppllava: {str(message).removeprefix('ppllava ')}", file=sys.stderr
+        )
+        yield
+
+
 def why_not(error: BaseException) -> str:
     """The sentence about an error of an import. Transformers hides the cause, and raises an error without a name."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return "no temporary folder can be written; free some space, or set TMPDIR to a folder that has some"
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)

@@ -40,8 +40,10 @@ def _is_benchmark(item) -> bool:
 def pytest_terminal_summary(terminalreporter, config):
     names = config.stash.get(LEFT_OUT, [])
     if names:
+        shapes = list(dict.fromkeys(names))
+        more = f" and {len(shapes) - 3} more shapes" if len(shapes) > 4 else ""
         terminalreporter.write_line(
             f"Left out: {len(names)} benchmarks that take over some seconds each on a CPU, those of large shapes and "
             f"the compiled peers of tiny ones. Pass -k {names[-1]} for those of one shape, or --all-shapes. "
-            f"They are of {', '.join(dict.fromkeys(names))}."
+            f"They are of {', '.join(shapes[:3] if more else shapes)}{more}."
         )

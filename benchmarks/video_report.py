@@ -186,7 +186,7 @@ def throughput_tables(rows: Sequence[VideoRow]) -> list[Grid]:
                 status = next((row.status for row in pair if row.status != "ok"), "-")
                 text = show(number) + mark if number is not None else status if key == "first_token" else "-"
                 cells[head].append(text)
-        first = "-" if ours.status != "ok" else show(best(ours.first_token_ms))
+        first = "-" if ours.status != "ok" else show(best(ours.first_token_ms)) + MARK * bool(ours.doubts)
         lines.append([f"{frames:,}", first, *map(_both, cells.values())])
     title = f"{PPLLAVA} against {PEER} with our settings / as users run it"
     return [Grid(title, ["frames", "first token, ms", *columns], lines, left=0)]

@@ -95,7 +95,7 @@ class AnswerFile:
             self._find()
             self._rewrite()
         failed = sum(outcome.error is not None for outcome in self.outcomes.values())
-        note(f"{len(self.outcomes) - failed} answers and {failed} errors in {self.path}")
+        note(f"{_count(len(self.outcomes) - failed, 'answer')} and {_count(failed, 'error')} in {self.path}")
         return Exit.MEDIA if failed else Exit.OK
 
     def _find(self) -> None:
@@ -109,7 +109,7 @@ class AnswerFile:
             if not self.path.parent.is_dir():
                 raise Failure(
                     Exit.OUTPUT,
-                    f"{self.path} is gone with its folder, and with it {len(self.outcomes)} answers and errors; make "
+                    f"{self.path} is gone with its folder, and with it {_count(len(self.outcomes), 'outcome')}; make "
                     "the folder again, and run the command again",
                 ) from None
             self._rewrite()
@@ -258,6 +258,11 @@ def _line(outcome: Outcome) -> bytes:
     except UnicodeEncodeError:  # half a surrogate pair in an id
         text = json.dumps(outcome.as_dict()).encode()
     return text + b"\n"
+
+
+def _count(number: int, what: str) -> str:
+    """ "1 error", "2 errors"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 __all__ = ["AnswerFile", "Line"]

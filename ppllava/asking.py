@@ -166,7 +166,9 @@ def render(processor: PPLlavaProcessor, name: str, groups: list[list[str]], ques
             try:
                 text = render_turn(processor, kinds, question)
             except Exception as error:  # it is a program
-                raise ValueError(f"its chat template fails ({sentence(error)}); convert the model again") from error
+                raise ValueError(
+                    f"its chat template fails ({sentence(error)}); convert the model again, or mend the template"
+                ) from error
             for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
                 if (got := text.count(token)) != kinds.count(kind):
                     raise ValueError(

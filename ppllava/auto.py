@@ -70,7 +70,8 @@ class _Seen(Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.waiting.depth += self.depth
         try:
-            self.loader.exec_module(module)
+            with hushed():
+                self.loader.exec_module(module)
         finally:
             self.waiting.depth -= self.depth
         self.waiting.ended()

@@ -77,10 +77,13 @@ def batch(
         generate_options: for `generate`, for example `cache_implementation="static"`; greedy where they do not say how.
 
     Raises:
+        TypeError: for one request that is in no list.
         ValueError: for `memory` or `workers` below 1, options that `generate` does not know or that give no single
             answer, and for a model and a processor that do not belong together. What is wrong with a request is in its
             answer.
     """
+    if isinstance(requests, Mapping):
+        raise TypeError("requests must be several requests, got one mapping; pass a list of them, [request]")
     job = BatchJob(model, processor, max_new_tokens, memory, workers, generate_options)
     given = list(requests)
 

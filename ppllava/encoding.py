@@ -93,7 +93,10 @@ def encode_video(
 
     Raises:
         ValueError, OSError: for files that cannot be read and frames that do not exist, as `read_video`.
+        TypeError: for what is no video, and for arguments in another order.
     """
+    if hasattr(processor, "generate"):
+        raise TypeError(f"model must come before processor, got {type(model).__name__} first; swap them")
     sampling = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
     with file_of(video) as path:
         if path is not None:

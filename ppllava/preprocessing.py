@@ -174,6 +174,11 @@ def _as_tensor(frames: Any) -> Tensor:
     if isinstance(frames, np.ndarray):
         # torch takes no read-only or flipped views.
         frames = torch.from_numpy(np.require(frames, requirements=("C", "W")))
+    if not isinstance(frames, Tensor):
+        raise TypeError(
+            "a video must be a path, frames [T, H, W, 3], a tensor [T, 3, H, W] or a list of images, got "
+            f"{type(frames).__name__}; pass one of these"
+        )
     if frames.dtype != torch.uint8 or 3 not in (frames.shape[-1], frames.shape[1]) or not len(frames):
         raise ValueError(
             f"the frames of a video must be uint8 [T, H, W, 3] or [T, 3, H, W] in 0 ... 255, got {frames.dtype} of "

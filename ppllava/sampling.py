@@ -90,7 +90,8 @@ def sample_frames(
 def check_rate(num_frames: int | None, fps: float | None) -> None:
     """ValueError or TypeError unless exactly one of both is given, and valid."""
     if (num_frames is None) == (fps is None):
-        raise ValueError(f"pass exactly one of num_frames and fps, got num_frames={num_frames} and fps={fps}")
+        got = "neither" if fps is None else f"num_frames={num_frames} and fps={fps}"
+        raise ValueError(f"exactly one of num_frames and fps must be given, got {got}; pass one, such as num_frames=32")
     if fps is None:
         check_count("num_frames", num_frames)
     else:
@@ -102,7 +103,7 @@ def check_count(name: str, value: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}; pass a whole number such as 8")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"{name} must be at least 1, got {value}; pass a whole number such as 8")
 
 
 def check_fps(fps: float) -> None:
@@ -110,7 +111,7 @@ def check_fps(fps: float) -> None:
     if not isinstance(fps, numbers.Real) or isinstance(fps, bool):
         raise TypeError(f"fps must be a number of frames per second, got {fps!r}; pass a number such as 2.0")
     if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be a positive number of frames per second, got {fps}")
+        raise ValueError(f"fps must be a positive number of frames per second, got {fps}; pass a number such as 2.0")
 
 
 def _on_screen(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:

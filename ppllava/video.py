@@ -322,8 +322,11 @@ def open_video(
     """Open a local video file. `backend` is "pyav" or "decord", never replaced by another; None means "pyav". The
     others as in `PyAVReader`.
 
-    Errors: VideoNotFoundError, VideoError (see `PyAVReader`), ImportError without the backend, ValueError for its name.
+    Errors: VideoNotFoundError, VideoError (see `PyAVReader`), ImportError without the backend, ValueError for its name,
+    TypeError for what is no path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a video file, got {type(path).__name__}; write the video to a file")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be 'pyav', 'decord' or None (pyav), got {backend!r}")
     return BACKENDS[backend or "pyav"](path, num_threads, max_bytes, raw_streams)

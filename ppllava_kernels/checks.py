@@ -66,9 +66,9 @@ def check_channels_last(name: str, x: Tensor, cu_frames: Tensor | None, channel:
         raise ValueError(f"{name} must be [{lead}, {channel}], got shape {list(x.shape)}; {hint}")
     if 0 in x.shape[1:]:
         lead = DENSE if cu_frames is None else RAGGED
+        hint = "leave out videos without patches" if 0 in x.shape[1:-1] else f"pass at least one channel {channel}"
         raise ValueError(
-            f"{name} must be [{lead}, {channel}] of which only {lead[0]} may be 0, got shape {list(x.shape)}; "
-            "leave out videos without patches"
+            f"{name} must be [{lead}, {channel}] of which only {lead[0]} may be 0, got shape {list(x.shape)}; {hint}"
         )
     check_contiguous_channels(name, x)
 

@@ -45,7 +45,11 @@ def load(package: str = __package__, folder: Path = _HERE):
 def _why_missing(error: ImportError, folder: Path) -> str:
     file = next((path for x in EXTENSION_SUFFIXES if (path := folder / f"_C{x}").exists()), None)
     if file is not None:
-        built = f"PyTorch {version}" if (version := built_for(file)) else "another PyTorch"
+        version = built_for(file)
+        fits = version is None or _minor(version) == _minor(torch.__version__)
+        if fits and not re.search("undefined symbol|symbol not found", str(error), re.IGNORECASE):
+            return f"the C++ extension does not load ({error}); it is damaged, or of another machine: {REINSTALL}"
+        built = f"PyTorch {version}" if version else "another PyTorch"
         return (
             f"the C++ extension does not load ({error}): it was built for {built} and this is "
             f"{torch.__version__}; rebuild it for this one: {REINSTALL}"

@@ -33,6 +33,12 @@ def test_answers_are_those_of_generate(made, folder):
     assert answers == [{"id": request["id"], "answer": alone(made, request)} for request in requests]
 
 
+def test_one_request_in_no_list(made):
+    with pytest.raises(TypeError) as error:
+        ppllava.batch(*made, {"id": 1, "prompt": "What happens?"})
+    assert str(error.value) == "requests must be several requests, got one mapping; pass a list of them, [request]"
+
+
 def test_many_share_a_batch_and_like_lengths_do(made, folder, monkeypatch):
     calls = watch(monkeypatch, made[0])
     requests = [ask(folder / f"{n % 4}.mp4", "What " * (1 + 7 * n % 23), frames=2 + 5 * n % 17) for n in range(24)]

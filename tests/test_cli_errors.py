@@ -287,7 +287,7 @@ def test_a_template_that_does_not_end(call, run, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "SECONDS", 0.2)
     folder = shutil.copytree(saved, tmp_path / "model")
     template = (folder / "chat_template.jinja").read_text()
-    text = "its chat template fails (it has not ended after 0.2 s); convert the model again"
+    text = "its chat template fails (it has not ended after 0.2 s); convert the model again, or mend the template"
     (folder / "chat_template.jinja").write_text(LOOP + template)
     sentence = f"the model in '{folder}' cannot be loaded: {text}"
     assert failure(call("ask", "a.mp4", QUESTION, "--frames", 4, "--model", folder)) == (4, sentence)

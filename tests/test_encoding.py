@@ -254,7 +254,7 @@ def test_an_hour_takes_the_memory_of_minutes(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_frames": 4, "fps": 1.0}, "pass exactly one of num_frames and fps"),
+        ({"num_frames": 4, "fps": 1.0}, "must be given, got num_frames=4 and fps=1.0; pass one"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"num_frames": 10**9}, "num_frames must be at most 1048576, got 1000000000"),
         ({"fps": 0.0}, "fps must be a positive number"),
@@ -294,6 +294,11 @@ def test_sampling_is_for_files(path):
         ppllava.encode_video(*tiny(), frames, num_frames=2)
     with pytest.raises(video.VideoNotFoundError):
         ppllava.encode_video(*tiny(), "none.mp4")
+    with pytest.raises(TypeError, match=r"^a video must be a path, .*, got int; pass one of these$"):
+        ppllava.encode_video(*tiny(), 5)
+    model, processor = tiny()
+    with pytest.raises(TypeError, match=r"^model must come before processor, got PPLlavaProcessor first; swap them$"):
+        ppllava.encode_video(processor, model, path)
 
 
 def test_the_processor_says_what_does_not_go_together(path):

@@ -75,13 +75,13 @@ CHANGES = {
         dict(values=torch.randn(B, T, H, W, 0)),
         ValueError,
         "values must be [B, T, H, W, D] of which only B may be 0, got shape [2, 4, 6, 6, 0]; "
-        "leave out videos without patches",
+        "pass at least one channel D",
     ),
     "no_embeds": (
         dict(image_embeds=torch.randn(B, T, H, W, 0)),
         ValueError,
         "image_embeds must be [B, T, H, W, C] of which only B may be 0, got shape [2, 4, 6, 6, 0]; "
-        "leave out videos without patches",
+        "pass at least one channel C",
     ),
     "neither_window": (
         dict(kernel_size=None),

@@ -34,7 +34,7 @@ def run(program, *options):
     done = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 

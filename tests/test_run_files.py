@@ -262,10 +262,7 @@ REQUESTS = [{"prompt": f"What is {n}?"} for n in range(6)]
 def test_a_folder_that_is_removed_ends_the_job(meanwhile, tmp_path):
     result, count = meanwhile(shutil.rmtree)
     out = tmp_path / "place" / "answers.jsonl"
-    text = (
-        f"{out} is gone with its folder, and with it 2 answers and errors; make the folder again, and run the command "
-        "again"
-    )
+    text = f"{out} is gone with its folder, and with it 2 outcomes; make the folder again, and run the command again"
     assert failure(result) == (7, text)
     assert count == 2
     assert not out.parent.exists()

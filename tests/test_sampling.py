@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ from ppllava import sampling, video
 from ppllava.video import VideoError, read_video
 
 pytestmark = pytest.mark.filterwarnings("error::ppllava.video.VideoWarning")
+POSITIVE = "fps must be a positive number of frames per second"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_sample_uniform_errors():
     for arguments, name in (((0, 5), "num_frames"), ((5, 0), "total_frames")):
         with pytest.raises(ValueError, match=name) as error:
             sampling.sample_uniform(*arguments)
-        assert message(error) == f"{name} must be at least 1, got 0"
+        assert message(error) == f"{name} must be at least 1, got 0; pass a whole number such as 8"
     for value in (2.5, 8.0, "8", None, True, np.float32(8)):
         with pytest.raises(TypeError) as error:
             sampling.sample_uniform(value, 5)
@@ -113,7 +115,7 @@ def test_sampling_errors():
     for fps in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="fps") as error:
             sampling.sample_fps(fps, VFR)
-        assert message(error) == f"fps must be a positive number of frames per second, got {fps}"
+        assert message(error) == f"{POSITIVE}, got {fps}; pass a number such as 2.0"
     for fps in ("2", None, True, 1j):
         with pytest.raises(TypeError) as error:
             sampling.sample_fps(fps, VFR)
@@ -124,7 +126,7 @@ def test_sampling_errors():
         with pytest.raises(ValueError, match="max_frames") as error:
             sampling.sample_fps(1e6, VFR, max_frames)
         assert message(error) == "fps=1000000.0 asks for 2000501 frames of this clip; pass a lower fps or max_frames"
-    with pytest.raises(ValueError, match=r"^max_frames must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^max_frames must be at least 1, got 0; pass a whole number such as 8$"):
         sampling.sample_fps(1, VFR, 0)
     with pytest.raises(TypeError, match=r"max_frames must be an integer, got 2\.5; pass a whole number such as 8$"):
         sampling.sample_fps(1, VFR, 2.5)
@@ -155,12 +157,11 @@ def test_read_video(make, backend, monkeypatch):
 
 
 def test_read_video_takes_one_rule(make):
-    for rule in ({}, {"num_frames": 4, "fps": 1.0}):
+    for rule, got in (({}, "neither"), ({"num_frames": 4, "fps": 1.0}, "num_frames=4 and fps=1.0")):
         with pytest.raises(ValueError, match="exactly one") as error:
             read_video(make("one_group.mp4"), **rule)
-        assert message(error) == (
-            f"pass exactly one of num_frames and fps, got num_frames={rule.get('num_frames')} and fps={rule.get('fps')}"
-        )
+        text = f"exactly one of num_frames and fps must be given, got {got}; pass one, such as num_frames=32"
+        assert message(error) == text
     with pytest.raises(VideoError, match="max_bytes=100;"):
         read_video(make("one_group.mp4"), num_frames=4, max_bytes=100)
 
@@ -182,13 +183,21 @@ def test_read_video_refuses_too_many_frames_before_it_makes_their_indices(make, 
     [
         ({"num_frames": "8"}, TypeError, "num_frames must be an integer, got '8'; pass a whole number such as 8"),
         ({"num_frames": 2.5}, TypeError, "num_frames must be an integer, got 2.5; pass a whole number such as 8"),
-        ({"num_frames": -3}, ValueError, "num_frames must be at least 1, got -3"),
+        ({"num_frames": -3}, ValueError, "num_frames must be at least 1, got -3; pass a whole number such as 8"),
         ({"fps": "2"}, TypeError, "fps must be a number of frames per second, got '2'; pass a number such as 2.0"),
-        ({"fps": float("nan")}, ValueError, "fps must be a positive number of frames per second, got nan"),
-        ({"fps": -1}, ValueError, "fps must be a positive number of frames per second, got -1"),
+        ({"fps": float("nan")}, ValueError, f"{POSITIVE}, got nan; pass a number such as 2.0"),
+        ({"fps": -1}, ValueError, f"{POSITIVE}, got -1; pass a number such as 2.0"),
     ],
 )
 def test_read_video_looks_at_its_numbers_before_the_file(rule, kind, text):
     with pytest.raises(kind) as error:
         read_video("nowhere.mp4", **rule)
     assert message(error) == text
+
+
+@pytest.mark.parametrize("path", [5, io.BytesIO(b""), None])
+def test_what_is_no_path(path):
+    with pytest.raises(TypeError) as error:
+        read_video(path, num_frames=2)
+    kind = type(path).__name__
+    assert message(error) == f"path must be the path of a video file, got {kind}; write the video to a file"

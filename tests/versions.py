@@ -147,9 +147,11 @@ def readme_line() -> str:
     def listed(versions: dict[str, str]) -> str:
         return ", ".join(f"{title} {versions[name]}" for name, title in NAMED.items() if name in versions)
 
+    pyavs = sorted({locked(TRIED | {"python_full_version": f"3.{n}.0"})["av"] for n in (11, 12, 13)})
     return (
         f"Tried with Python {TRIED['python_version']}: `make test` with {listed(locked(TRIED))} (requirements.lock), "
-        f"`make test-oldest` with {listed(floors(TRIED))}.\n"
+        f"`make test-oldest` with {listed(floors(TRIED))}. With Python 3.11, 3.12 and 3.13, `make test-video`, with "
+        f"PyAV {' and '.join(pyavs)}. Python 3.10 is allowed, but untried.\n"
     )
 
 
