@@ -17,6 +17,7 @@ from cuda_on_host import build
 TESTS = Path(__file__).parent
 OP_TESTS = ("weighted_pool3d", "prompt_relevance", "prompt_guided_pool3d", "prompt_guided_project")
 pytestmark = [
+    pytest.mark.timeout(600),  # the first test compiles
     pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
     pytest.mark.stamped("csrc", "ppllava_kernels", "tests/cuda_on_host", "tests/golden", "benchmarks/gate.py"),
     pytest.mark.stamped(*(f"tests/test_{name}.py" for name in (*OP_TESTS, "memory", "mutation", "autograd"))),

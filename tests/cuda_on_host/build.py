@@ -22,7 +22,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -77,14 +79,15 @@ def build(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     ]
     module += ["-O1", "-g0", "-fvisibility=hidden"] + [f"-isystem{path}" for path in python]
     cpu = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", "-fopenmp", *module]
-    # The slowest first.
-    sources = [(CSRC / name, module) for name in ("bindings.cpp", "bindings_cuda.cpp")]
-    sources += [(path, _kernel_flags(sanitize, races)) for path in sorted((CSRC / "cuda").glob("*.cu"))]
-    sources += [(path, cpu) for path in sorted((CSRC / "cpu").glob("*.cpp"))]
+    # Without any check, so one for all; they take longest.
+    shared = [(CSRC / name, module) for name in ("bindings.cpp", "bindings_cuda.cpp")]
+    shared += [(path, cpu) for path in sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [(path, _kernel_flags(sanitize, races)) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     sources += _shim(sanitize, races)
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
-    return _make(folder, "_C.so", sources, ["-shared", *_link_flags(sanitize, races), *libraries])
+    flags = [*map(str, _objects(FOLDER / "shared", shared)), "-shared", *_link_flags(sanitize, races), *libraries]
+    return _make(folder, "_C.so", sources, flags)
 
 
 def build_cpu(folder: Path) -> Path:
@@ -172,17 +175,29 @@ def _library(name: str) -> str:
 
 
 def _make(folder: Path, name: str, sources: list[tuple], flags: list[str]) -> Path:
-    """folder/name of the sources, each with its flags and, where it is compiled twice, a name of its own.
-
-    Processes that want the same one wait for each other.
-    """
+    """folder/name of the sources, each with its flags and, where it is compiled twice, a name of its own."""
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = list(pool.map(lambda source: _object(folder, *source), sources))
-        _run(["g++", "-o", folder / name, *objects, *flags], folder / name, objects)
+    objects = _objects(folder, sources)
+    with _only_one(folder):
+        given = [*objects, *(Path(flag) for flag in flags if flag.endswith(".o"))]
+        _run(["g++", "-o", folder / name, *objects, *flags], folder / name, given)
     return folder / name
+
+
+def _objects(folder: Path, sources: list[tuple]) -> list[Path]:
+    # A worker of pytest-xdist has one core.
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+    with _only_one(folder), ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda source: _object(folder, *source), sources))
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Processes that want the same wait for each other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _object(folder: Path, source: Path, flags: list[str], name: str = "") -> Path:
