@@ -13,8 +13,7 @@ TESTS ?= tests tests/swap
 # Options of both fuzzers, as FUZZ="--time-limit 60".
 FUZZ ?=
 BIN := $(VENV)/bin
-# Byte code is made of what is imported, which is a part of it.
-PIP := python -m pip install --quiet --no-compile
+PIP := python -m pip install --quiet
 LOCKED := $(PIP) --constraint requirements.lock
 SOURCES := $(shell find csrc tests/cuda_on_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -38,7 +38,7 @@ def main(torch: str, lock: str, hub: str, wheel: str) -> None:
         python = Path(folder) / "bin" / "python"
 
         def install(*packages: str) -> None:
-            command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", Path(lock).resolve()]
+            command = [python, "-m", "pip", "install", "--quiet", "--constraint", Path(lock).resolve()]
             for package in packages:
                 subprocess.run([*command, package], check=True)
 

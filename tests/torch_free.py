@@ -50,7 +50,7 @@ def make(python: str, folder: Path, requirements: tuple[str, ...]) -> Path:
     if not ready.exists() or ready.read_text() != text:
         subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
         versions = ["--constraint", LOCK] if locked else []
-        subprocess.run([own, "-m", "pip", "install", "--quiet", "--no-compile", *versions, *requirements], check=True)
+        subprocess.run([own, "-m", "pip", "install", "--quiet", *versions, *requirements], check=True)
         ready.write_text(text)
     return own
 
