@@ -86,7 +86,8 @@ def test_only_the_batch_may_be_empty(axis, size, cu_frames, backend):
     shape = [*size, 8]
     shape[axis] = 0
     lead = "B, T, H, W, D] of which only B" if cu_frames is None else "F, H, W, D] of which only F"
-    message = f"values must be [{lead} may be 0, got shape {shape}; leave out videos without patches"
+    hint = "pass at least one channel D" if axis == -1 else "leave out videos without patches"
+    message = f"values must be [{lead} may be 0, got shape {shape}; {hint}"
     cu_frames = None if cu_frames is None else torch.tensor(cu_frames, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ppllava_kernels.weighted_pool3d(torch.randn(shape), None, **KERNEL, cu_frames=cu_frames, backend=backend)

@@ -333,7 +333,10 @@ ERRORS = {
         {"text": ["x", 3]},
         "text must be a prompt or a list of prompts, got ['x', 3]; <video> marks a video",
     ),
-    "no frames": ({"text": TEXT, "videos": clip(), "num_frames": 0}, "num_frames must be at least 1, got 0"),
+    "no frames": (
+        {"text": TEXT, "videos": clip(), "num_frames": 0},
+        "num_frames must be at least 1, got 0; pass a whole number such as 8",
+    ),
     "no placeholder": (
         {"text": ["a", "b"], "videos": [clip(), clip()]},
         "text must hold one <video> for each video, got 0 of them and 2 videos; write one where each video belongs",
