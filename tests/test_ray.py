@@ -23,6 +23,8 @@ from ppllava.request import Request
 ray = pytest.importorskip("ray", reason="needs Ray; pip install 'ray[data]' runs these tests")
 pytest.importorskip("ray.data", reason="needs Ray Data; pip install 'ray[data]' runs these tests")
 
+# Each worker imports torch and transformers, while another worker of pytest-xdist compiles on the other core.
+pytestmark = pytest.mark.timeout(600)
 RAY = ("--engine", "ray", "--workers", "2")
 ONE = ("--engine", "ray", "--workers", "1")  # each worker is a process that imports torch and transformers
 OPTIONS = ("--preset", "tiny", "--max-new-tokens", "8")
@@ -127,7 +129,6 @@ def wait_for(pids):
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs /proc and pidfd_open; run on Linux")
-@pytest.mark.timeout(200)
 def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
     out = tmp_path / "answers.jsonl"
     for count, number, code, workers in (
@@ -141,7 +142,7 @@ def test_killed_and_interrupted(cluster, run, job, whole, tmp_path):
             [*command, *OPTIONS, "--engine", "ray", *workers],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=290,
             env=env,
             start_new_session=True,
         )
@@ -182,7 +183,6 @@ def test_a_worker_that_dies_costs_its_group_only(cluster, run, monkeypatch):
     assert errors == {"r4": "was lost with the worker that had it; run the command again"}
 
 
-@pytest.mark.timeout(120)
 def test_workers_without_a_model(cluster, run, tmp_path):
     _, result = run([{}], *ONE, options=("--model", tmp_path / "none"))
     text = (
