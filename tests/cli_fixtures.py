@@ -137,7 +137,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def failure(result):
+def failed_run(result):
     """(exit code, the last sentence)."""
     assert result.stdout == ""
     return result.exit_code, result.stderr.splitlines()[-1].removeprefix("ppllava: ")

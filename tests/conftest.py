@@ -57,7 +57,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """What was imported stays, so the collector need not look at it: each look takes half a second."""
+    """What was imported stays, so the collector of garbage need not look at it, which takes longer than most tests."""
     gc.freeze()
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+import warnings
 
 import pytest
 import torch
@@ -398,3 +400,18 @@ def test_without_typer(monkeypatch, capsys):
         'ppllava: the command line needs typer, which is missing; run pip install --no-build-isolation ".[cli]" in the '
         "folder of the sources\n"
     )
+
+
+def test_no_temporary_folder(monkeypatch):
+    """PyTorch wants one at its import; what it raises the second time names none."""
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("none")))
+    with pytest.raises(ppllava_command.ImportFailure) as error, ppllava_command.importing():
+        raise AssertionError("Artifact already registered")
+    text = "no temporary folder can be written; free some space, or set TMPDIR to a folder that has some"
+    assert str(error.value) == text
+
+
+def test_a_warning_of_an_import_is_a_line(capsys):
+    with ppllava_command.warning():
+        warnings.warn("ppllava was not tested with av 99", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "ppllava: was not tested with av 99\n"

@@ -115,14 +115,15 @@ def results(function, tensors):
 
 
 def counting(graphs, compiler):
-    """A backend of torch.compile that keeps the graphs it is given, and lets a backend of that name compile them.
+    """A backend of torch.compile that keeps the graphs which a backend of that name has compiled.
 
-    The first call may have two: where that makes a constant of a float, Dynamo starts again.
+    One that makes a constant of a float does not return: Dynamo starts again (TensorifyScalarRestartAnalysis).
     """
 
     def compile_and_count(graph, example_inputs):
+        compiled = lookup_backend(compiler)(graph, example_inputs)
         graphs.append(graph)
-        return lookup_backend(compiler)(graph, example_inputs)
+        return compiled
 
     return compile_and_count
 
@@ -143,13 +144,11 @@ def test_compile_fullgraph_dynamic(window, backend):
     # Inductor has nothing to add to the reference but minutes.
     compiler = counting(graphs, "aot_eager" if backend == "reference" else "inductor")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
-    counts = []
     for frames in (4, 6, 7):
         for actual, expected in zip(results(compiled, inputs(frames)), results(function, inputs(frames))):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-        counts.append(len(graphs))
     # The reference has one graph for outputs that divide T and one for those that do not.
-    assert counts[-1] - counts[0] == (backend == "reference" and window is ADAPTIVE)
+    assert len(graphs) == (2 if backend == "reference" and window is ADAPTIVE else 1)
 
 
 def test_compile_keeps_one_opaque_node_in_each_direction():
@@ -219,12 +218,10 @@ def test_compile_the_projector(window, compiler):
     function = project(**window)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counting(graphs, compiler))
-    counts = []
     for frames in (4, 7):
         for actual, expected in zip(results(compiled, transposed(frames)), results(function, transposed(frames))):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-        counts.append(len(graphs))
-    assert counts[0] == counts[1]
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from cli_fixtures import QUICK, call, failure, files, run, run_once
+from cli_fixtures import QUICK, call, failed_run, files, run, run_once
 
 from ppllava import PPLlavaForConditionalGeneration, running
 
@@ -107,7 +107,7 @@ def test_wrong_requests_cost_no_other(judged):
     assert result.exit_code == 3
     assert [answers[n]["id"] for n in (0, -1)] == ["r0", f"r{len(WRONG) + 1}"]
     assert [*answers[0], *answers[-1]] == ["id", "answer"] * 2
-    assert failure(result)[1].startswith(f"2 answers and {len(WRONG)} errors in ")
+    assert failed_run(result)[1].startswith(f"2 answers and {len(WRONG)} errors in ")
 
 
 def test_an_id_is_that_of_its_first_line(run, tmp_path):
@@ -218,14 +218,14 @@ def test_what_an_engine_forgets_is_an_error(run, monkeypatch):
     ],
 )
 def test_wrong_usage(run, tmp_path, options, text):
-    code, said = failure(run([{}], options=options)[1])
+    code, said = failed_run(run([{}], options=options)[1])
     assert code == 2
     assert said.startswith(text)
     assert not list(tmp_path.glob("answers*"))
 
 
 def test_models_that_cannot_be_loaded(run, tmp_path):
-    code, text = failure(run([{}], options=("--model", tmp_path / "none"))[1])
+    code, text = failed_run(run([{}], options=("--model", tmp_path / "none"))[1])
     assert code == 4
     assert text.startswith("--model must be a folder that ")
 
@@ -250,4 +250,4 @@ def test_without_ray(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     remedy = 'in the folder of the sources, pip install --no-build-isolation ".[ray]", or leave it out'
     text = f"--engine ray needs Ray, which is missing; {remedy}"
-    assert failure(run([{}], "--engine", "ray")[1]) == (2, text)
+    assert failed_run(run([{}], "--engine", "ray")[1]) == (2, text)

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from cli_fixtures import call, failure, files, run
+from cli_fixtures import call, failed_run, files, run
 
 from ppllava import running
 
@@ -38,13 +38,13 @@ def test_no_requests(run, tmp_path, content, text):
     path = tmp_path / "given.jsonl"
     if content is not None:
         path.write_bytes(content)
-    assert failure(run(path)[1]) == (2, f"{path}: {text}")
+    assert failed_run(run(path)[1]) == (2, f"{path}: {text}")
     assert not list(tmp_path.glob("answers*"))
 
 
 def test_a_folder_of_requests(run, tmp_path):
     text = f"{tmp_path}: cannot be read (Is a directory); pass a file of JSON lines"
-    assert failure(run(tmp_path)[1]) == (2, text)
+    assert failed_run(run(tmp_path)[1]) == (2, text)
 
 
 # The file of answers
@@ -54,7 +54,7 @@ def test_other_settings(run, tmp_path):
     run([{}])
     out = tmp_path / "answers.jsonl"
     before = out.read_bytes()
-    code, text = failure(run([{}], "--tokens", 3, "--memory", 1)[1])
+    code, text = failed_run(run([{}], "--tokens", 3, "--memory", 1)[1])
     assert (code, text) == (
         2,
         f"-o: {out} holds answers with other settings (tokens None); pass these, delete it, or choose another file",
@@ -70,7 +70,7 @@ def test_other_settings(run, tmp_path):
 def test_a_file_that_is_none_of_answers(run, tmp_path, content):
     out = tmp_path / "answers.jsonl"
     out.write_bytes(content)
-    code, text = failure(run([{}])[1])
+    code, text = failed_run(run([{}])[1])
     assert code == 2
     assert text.startswith("-o: ")
     assert text.endswith("choose another file")
@@ -85,7 +85,7 @@ def test_a_damaged_line(run, tmp_path):
     out.write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[2])
     before = out.read_bytes()
     text = f"-o: line 2 of {out} is no answer; delete it, or choose another file"
-    assert failure(run([{}])[1]) == (2, text)
+    assert failed_run(run([{}])[1]) == (2, text)
     assert out.read_bytes() == before
 
 
@@ -103,7 +103,7 @@ def test_a_foreign_job(run, tmp_path, content, answered):
     if not answered and not content:
         assert run([{}])[1].exit_code == 0
         return
-    code, text = failure(run([{}])[1])
+    code, text = failed_run(run([{}])[1])
     assert (code, text) == (
         2,
         f"-o: answers.jsonl cannot be gone on with, as {job} does not tell what it answers; delete both, or choose "
@@ -116,7 +116,7 @@ def test_a_foreign_job(run, tmp_path, content, answered):
 def test_answers_to_other_requests(run, tmp_path):
     run([{"id": 1}, {"id": 2}])
     before = (tmp_path / "answers.jsonl").read_bytes()
-    code, text = failure(run([{"id": "1"}, {"id": 3}])[1])
+    code, text = failed_run(run([{"id": "1"}, {"id": 3}])[1])
     assert (code, text) == (
         2,
         f"-o: {tmp_path / 'answers.jsonl'} holds answers to other requests, of these it has none; delete it, or choose "
@@ -140,7 +140,7 @@ def test_two_jobs_at_once(run, tmp_path, monkeypatch):
     [second] = results
     out = tmp_path / "answers.jsonl"
     text = f"-o: another `ppllava run` writes {out}; wait, or choose another file"
-    assert failure(second) == (2, text)
+    assert failed_run(second) == (2, text)
     assert run([{}])[1].exit_code == 0
 
 
@@ -153,7 +153,7 @@ def test_the_requests_are_never_written(run, tmp_path, requests, out):
     path.write_bytes(content)
     if out.name == "l":
         out.symlink_to(path)
-    code, text = failure(run(path, out=out)[1])
+    code, text = failed_run(run(path, out=out)[1])
     assert code == 2
     assert text.endswith(f"would write over the requests in {path}; choose another file")
     assert path.read_bytes() == content
@@ -165,7 +165,7 @@ def test_places_that_cannot_be_written(run, files, tmp_path, place):
     os.mkfifo(tmp_path / "pipe")
     shutil.copy(files / "a.mp4", tmp_path)
     out = tmp_path / place
-    code, text = failure(run([{}], out=out)[1])
+    code, text = failed_run(run([{}], out=out)[1])
     reasons = {
         "folder": (2, f"-o must be a file, got {out}, which is a folder or a device; add a name"),
         "pipe": (2, f"-o must be a file, got {out}, which is a folder or a device; add a name"),
@@ -183,7 +183,7 @@ def test_a_folder_that_is_read_only(run, tmp_path):
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
         folder = Path("/proc/self")  # for root, who may write everywhere else
-    code, text = failure(run([{}], out=folder / "answers.jsonl")[1])
+    code, text = failed_run(run([{}], out=folder / "answers.jsonl")[1])
     assert code == 7
     assert text.startswith(f"{folder / 'answers.jsonl'} cannot be written (")
 
@@ -209,7 +209,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     reason = os.strerror(errno.EFBIG)
-    assert failure(result) == (7, f"{out} cannot be written ({reason}); free some space, or write elsewhere")
+    assert failed_run(result) == (7, f"{out} cannot be written ({reason}); free some space, or write elsewhere")
     assert out.read_bytes().count(b"\n") == 8
     monkeypatch.setattr(running, "local_engine", engine)
     assert run(requests, out=out)[0] == whole
@@ -227,7 +227,7 @@ def test_a_full_disk_at_the_start(run, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out = tmp_path / "answers.jsonl"
     text = f"{out} cannot be written ({os.strerror(errno.EFBIG)}); free some space, or write elsewhere"
-    assert failure(result) == (7, text)
+    assert failed_run(result) == (7, text)
 
 
 # The file of answers, while others move it
@@ -263,7 +263,7 @@ def test_a_folder_that_is_removed_ends_the_job(meanwhile, tmp_path):
     result, count = meanwhile(shutil.rmtree)
     out = tmp_path / "place" / "answers.jsonl"
     text = f"{out} is gone with its folder, and with it 2 outcomes; make the folder again, and run the command again"
-    assert failure(result) == (7, text)
+    assert failed_run(result) == (7, text)
     assert count == 2
     assert not out.parent.exists()
 
@@ -295,7 +295,7 @@ def test_another_file_of_the_name_is_left_alone(meanwhile, tmp_path):
         f"{out} is another file than the one with the answers so far, something has replaced it; move it away, and run "
         "the command again"
     )
-    assert (failure(result), count, out.read_text()) == ((7, text), 2, "precious")
+    assert (failed_run(result), count, out.read_text()) == ((7, text), 2, "precious")
 
 
 def test_files_reach_the_disk_before_their_names(run, tmp_path, monkeypatch):

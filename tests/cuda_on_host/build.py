@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,8 +86,8 @@ def build(folder: Path, sanitize: bool = True, races: bool = False) -> Path:
     sources += _shim(sanitize, races)
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
-    flags = [*map(str, _objects(FOLDER / "shared", shared)), "-shared", *_link_flags(sanitize, races), *libraries]
-    return _make(folder, "_C.so", sources, flags)
+    flags = ["-shared", *_link_flags(sanitize, races), *libraries]
+    return _make(folder, "_C.so", sources, flags, _objects(FOLDER / "shared", shared))
 
 
 def build_cpu(folder: Path) -> Path:
@@ -174,13 +174,13 @@ def _library(name: str) -> str:
     ).stdout.strip()
 
 
-def _make(folder: Path, name: str, sources: list[tuple], flags: list[str]) -> Path:
-    """folder/name of the sources, each with its flags and, where it is compiled twice, a name of its own."""
+def _make(folder: Path, name: str, sources: list[tuple], flags: list[str], others: Sequence[Path] = ()) -> Path:
+    """folder/name of the sources and of other objects: each source with its flags and, where it is compiled twice, a
+    name of its own."""
     folder = Path(folder).resolve()
-    objects = _objects(folder, sources)
+    objects = [*_objects(folder, sources), *others]
     with _only_one(folder):
-        given = [*objects, *(Path(flag) for flag in flags if flag.endswith(".o"))]
-        _run(["g++", "-o", folder / name, *objects, *flags], folder / name, given)
+        _run(["g++", "-o", folder / name, *objects, *flags], folder / name, objects)
     return folder / name
 
 
